@@ -1,0 +1,64 @@
+"""NNCLR: self-supervised vision pre-training with nearest neighbours as positives.
+
+The public names load on first use, so that `import nnclr` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nnclr.encoder import Encoder
+    from nnclr.evaluation import evaluate
+    from nnclr.models.heads import PredictionHead, ProjectionHead
+    from nnclr.objectives.nnclr import NNCLR, Output, nnclr_loss
+    from nnclr.objectives.simclr import SimCLR, nt_xent_loss
+    from nnclr.optim import LARS
+    from nnclr.run_folder import Run
+    from nnclr.support_set import Neighbours, SupportSet
+    from nnclr.training import pretrain
+
+_HOME = {
+    "Encoder": "nnclr.encoder",
+    "LARS": "nnclr.optim",
+    "NNCLR": "nnclr.objectives.nnclr",
+    "Neighbours": "nnclr.support_set",
+    "Output": "nnclr.objectives.nnclr",
+    "PredictionHead": "nnclr.models.heads",
+    "ProjectionHead": "nnclr.models.heads",
+    "Run": "nnclr.run_folder",
+    "SimCLR": "nnclr.objectives.simclr",
+    "SupportSet": "nnclr.support_set",
+    "evaluate": "nnclr.evaluation",
+    "nnclr_loss": "nnclr.objectives.nnclr",
+    "nt_xent_loss": "nnclr.objectives.simclr",
+    "pretrain": "nnclr.training",
+}
+
+__all__ = [
+    "LARS",
+    "NNCLR",
+    "Encoder",
+    "Neighbours",
+    "Output",
+    "PredictionHead",
+    "ProjectionHead",
+    "Run",
+    "SimCLR",
+    "SupportSet",
+    "evaluate",
+    "nnclr_loss",
+    "nt_xent_loss",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'nnclr' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,7 @@
+"""`python -m nnclr` is the `nnclr` command."""
+
+import sys
+
+from nnclr.cli import main
+
+sys.exit(main())

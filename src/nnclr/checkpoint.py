@@ -1,0 +1,275 @@
+"""What is saved, and how it survives a kill.
+
+A checkpoint is a folder `step-00001000/` with `tensors.safetensors`, `state.json` and `manifest.json` (size
+and SHA-256 of the other two). It is written under a temporary name, fsynced file by file, and renamed: a
+folder without a manifest that fits does not exist for us. Nothing in it is ever unpickled.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from nnclr.errors import FolderInUseError, NoCheckpointError, NonFiniteError, StorageError
+
+FORMAT = 1
+KEEP = 2  # verified checkpoints that stay
+_NAME = re.compile(r"step-(\d{8,})")
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+@dataclass
+class TrainState:
+    """All that a run continues from; what is no field of it is derived from the config and the step."""
+
+    backbone: nn.Module
+    objective: nn.Module  # heads and support set
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # optimiser steps taken; order, augmentation and schedule are functions of it
+    notes: dict[str, Any] = field(default_factory=dict)  # small JSON values: alarms, seconds trained
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A snapshot on the CPU: later steps do not change it."""
+        state = {
+            **{f"backbone.{name}": value for name, value in self.backbone.state_dict().items()},
+            **{f"objective.{name}": value for name, value in self.objective.state_dict().items()},
+            **{f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()},
+            "rng.cpu": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            state["rng.cuda"] = torch.cuda.get_rng_state()
+        return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put a snapshot back; the hyper-parameters stay those of the config.
+
+        Raises:
+            NoCheckpointError: if a tensor is missing, left over, or of another shape.
+        """
+        try:
+            self.backbone.load_state_dict(_below("backbone.", tensors))
+            self.objective.load_state_dict(_below("objective.", tensors))
+            saved = {int(i): {} for i in range(len(self._parameters()))}
+            for name, value in _below("optimizer.", tensors).items():
+                index, key = name.split(".", 1)
+                saved[int(index)][key] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(
+                {"state": {i: state for i, state in saved.items() if state}, "param_groups": groups}
+            )
+            torch.set_rng_state(tensors["rng.cpu"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise NoCheckpointError(f"the checkpoint does not fit the model: {error}") from error
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{index}.{key}": value
+            for index, parameter in enumerate(self._parameters())
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+@dataclass
+class Checkpoint:
+    """A verified checkpoint in memory."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write and verify `folder/step-...`, then delete all but the newest two good ones.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: optimiser steps taken.
+        tensors: CPU tensors.
+        state: values that JSON can hold.
+
+    Raises:
+        NonFiniteError: if a tensor holds a NaN or an infinity: a broken state is not worth keeping.
+        StorageError: if the folder cannot be written; older checkpoints stay as they are.
+    """
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NonFiniteError(f"{name} is not finite at step {step}: no checkpoint of it is written")
+    final = folder / f"step-{step:08d}"
+    if final.exists() and not problem(final):
+        return final
+    temporary = folder / f".tmp-{step}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        safetensors.torch.save_file(tensors, temporary / _TENSORS)
+        (temporary / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        files = {name: _fingerprint(temporary / name) for name in (_TENSORS, _STATE)}
+        (temporary / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}))
+        for name in (_TENSORS, _STATE, _MANIFEST):
+            _sync(temporary / name)
+        _sync(temporary)
+        if final.exists():  # it failed verification above
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(value.nbytes for value in tensors.values()) >> 20
+        raise StorageError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}; it needs about "
+            f"{needed + 1} MiB, earlier checkpoints are intact"
+        ) from error
+    _prune(folder)
+    return final
+
+
+def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that passes its manifest, and a line for each newer one that does not.
+
+    "Newest" is the highest step: clocks and time stamps play no part.
+
+    Raises:
+        NoCheckpointError: if there are checkpoints but none passes.
+    """
+    skipped: list[str] = []
+    for path in _committed(folder):
+        reason = problem(path)
+        if reason is None:
+            state = json.loads((path / _STATE).read_text())
+            return Checkpoint(
+                path, state["step"], safetensors.torch.load_file(path / _TENSORS), state
+            ), skipped
+        skipped.append(f"{path.name} skipped: {reason}")
+    if skipped:
+        raise NoCheckpointError(
+            f"none of the {len(skipped)} checkpoints in {folder} can be used ({skipped[0]}); restore one from "
+            "a copy, or choose another --out to start afresh"
+        )
+    return None, skipped
+
+
+def problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None if every file has its size and SHA-256."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"it has format {manifest['format']}, this version reads format {FORMAT}"
+        if path.name != f"step-{manifest['step']:08d}" or set(manifest["files"]) != {_TENSORS, _STATE}:
+            return "its manifest is that of another checkpoint"
+        for name, expected in manifest["files"].items():
+            if _fingerprint(path / name) != expected:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"its manifest cannot be read ({type(error).__name__})"
+    return None
+
+
+def _committed(folder: Path) -> list[Path]:
+    """Checkpoint folders, highest step first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _prune(folder: Path) -> None:
+    good = 0
+    for path in _committed(folder):
+        if good >= KEEP:
+            # Renamed first, so that a kill inside the deletion leaves no half checkpoint under a good name.
+            doomed = path.with_name(f".tmp-old-{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        elif problem(path) is None:
+            good += 1
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed process left half written; call it with the lock held."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader or a kill sees the old or the new one, never a part.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Own a run folder; the kernel gives the lock back however the process ends.
+
+    Raises:
+        FolderInUseError: if another process owns it, with its pid, host and start.
+    """
+    with open(run / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise FolderInUseError(
+                f"{run} is in use by {owner}; wait for it or choose another --out"
+            ) from None
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

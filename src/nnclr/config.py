@@ -1,0 +1,255 @@
+"""The configuration of a pre-training run: one frozen dataclass, TOML in and out.
+
+Every field is a flag of `nnclr pretrain` (underscores become dashes), a keyword of `nnclr.pretrain` and a
+key of a preset or of a run folder's `config.toml`. Defaults of the method are the paper's.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tyro
+
+from nnclr.errors import InputError
+
+# Fields that may differ when a run is resumed: they change where things are, what is looked at and how
+# often, but no bit of the weights. The images themselves are compared by fingerprint instead of by name.
+RESUME_MAY_CHANGE = frozenset(
+    "data out preset test_data device num_workers checkpoint_every_steps log_every_steps "
+    "evaluate_every_epochs knn_k knn_temperature extend_epochs".split()
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a pre-training run depends on; `check` says in words what is wrong with it."""
+
+    data: tyro.conf.Positional[str]
+    """Images: a folder at any depth, FILE.parquet[?split=train&label=COLUMN], torchvision:NAME, or photos."""
+    out: str
+    """Run folder; a run that is already there is resumed."""
+    preset: str | None = None
+    """Recipe to start from; every flag given beside it wins over it."""
+    test_data: str | None = None
+    """Labelled images for the online kNN; else the data's own test split, else a hold-out of the data."""
+    objective: Literal["nnclr", "simclr"] = "nnclr"
+    """Training objective."""
+    backbone: str = "resnet50"
+    """Any timm or torchvision architecture (resnet18, timm/vit_small_patch16_224, ...) or small-convnet."""
+    image_size: int = 224
+    """Pixels of a view; up to 64 a ResNet gets a 3x3 stem and the augmentation its small-image form."""
+    epochs: float = 100.0
+    """Length of the run, in passes over the data."""
+    extend_epochs: float = 0.0
+    """Epochs added to a run; the cosine is laid anew over the whole, so the learning rate rises again."""
+    batch_size: int = 256
+    """Images a step, over all devices; the paper's best run has 4096."""
+    augmentation: Literal["byol", "simclr"] = "byol"
+    """Augmentation policy: byol (the paper's, the views differ) or simclr (both views alike)."""
+    crop_min_scale: float | None = None
+    """Smallest share of the image's area that a crop covers; default 0.08, or 0.2 up to 64 pixels."""
+    color_strength: float = 1.0
+    """Factor on the four colour-jitter amounts of the policy."""
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    """Optimiser; biases and normalisation layers take neither weight decay nor LARS scaling."""
+    learning_rate: float = 0.3
+    """Peak learning rate per 256 images: the run uses learning_rate * batch_size / 256."""
+    momentum: float = 0.9
+    """Momentum of LARS and SGD."""
+    weight_decay: float = 1e-6
+    """Weight decay."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up before the cosine decay to 0; at most a tenth of the run."""
+    clip_grad_norm: float | None = None
+    """Largest gradient norm; longer gradients are scaled down to it."""
+    temperature: float = 0.1
+    """Temperature of the softmax."""
+    support_set_size: int | None = None
+    """Embeddings in the support set; default the paper's 98304, but at most half of the images."""
+    embedding_dim: int = 256
+    """Width of the embeddings that are contrasted."""
+    projector_hidden_dim: int = 2048
+    """Hidden width of the projection head."""
+    predictor_hidden_dim: int = 4096
+    """Hidden width of the prediction head."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast or fp32; auto is bf16 where the device computes in it. Look-up and loss are fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    num_workers: int | None = None
+    """Threads that decode images that are too large to stay on the device; 0 decodes in the main one."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    checkpoint_every_steps: int = 500
+    """Steps between checkpoints; there is always one at the end and at a stop."""
+    log_every_steps: int = 20
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every_epochs: float = 5.0
+    """Epochs between online evaluations (kNN with labels, neighbour picture); 0 for none."""
+    knn_k: int = 20
+    """Neighbours that vote in the online kNN."""
+    knn_temperature: float = 0.07
+    """Temperature of the votes in the online kNN."""
+
+    def check(self) -> Self:
+        """Return the config itself.
+
+        Raises:
+            InputError: naming the first field whose value cannot be used, and what it may be.
+        """
+        for field in dataclasses.fields(self):
+            choices = getattr(field.type, "__args__", ()) if _is_literal(field.type) else ()
+            value = getattr(self, field.name)
+            if choices and value not in choices:
+                raise InputError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            low, strict = _LOWEST.get(field.name, (0, False))
+            if not (value > low if strict else value >= low) or value == float("inf"):
+                bound = "above" if strict else "at least"
+                raise InputError(f"{field.name}={value} must be a finite number {bound} {low}")
+        if self.momentum >= 1:
+            raise InputError(f"momentum={self.momentum} must be below 1")
+        if self.crop_min_scale is not None and self.crop_min_scale > 1:
+            raise InputError(
+                f"crop_min_scale={self.crop_min_scale} is a share of the image's area: at most 1"
+            )
+        return self
+
+
+# The lowest value of a number, and whether it is excluded; 0 included for those that are not named.
+_LOWEST: dict[str, tuple[float, bool]] = {
+    "image_size": (8, False),
+    "epochs": (0, True),
+    "batch_size": (2, False),
+    "crop_min_scale": (0, True),
+    "learning_rate": (0, True),
+    "clip_grad_norm": (0, True),
+    "temperature": (0, True),
+    "support_set_size": (1, False),
+    "embedding_dim": (1, False),
+    "projector_hidden_dim": (1, False),
+    "predictor_hidden_dim": (1, False),
+    "checkpoint_every_steps": (1, False),
+    "log_every_steps": (1, False),
+    "knn_k": (1, False),
+    "knn_temperature": (0, True),
+}
+
+
+def _is_literal(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is Literal
+
+
+def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check names and types; whole numbers are accepted where a float is meant.
+
+    Raises:
+        InputError: for an unknown name (with the nearest good one) or a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    typed = {}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{where}: no setting is called '{name}'{hint}")
+        text = str(fields[name].type)
+        if "float" in text and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        expected = float if "float" in text else int if "int" in text else str
+        optional = "None" in text
+        if not (isinstance(value, expected) and not isinstance(value, bool)) and not (
+            optional and value is None
+        ):
+            raise InputError(f"{where}: {name}={value!r} must be {_NAMES[expected]}")
+        typed[name] = value
+    return typed
+
+
+_NAMES = {float: "a number", int: "a whole number", str: "text"}
+
+
+def make_config(data: str, out: str, preset: str | None = None, **fields: Any) -> Config:
+    """A checked Config from keywords laid over a preset laid over the defaults.
+
+    Raises:
+        InputError: for an unknown preset, an unknown field, or a value that cannot be used.
+    """
+    values = load_preset(preset) if preset is not None else {}
+    values.update(_typed(fields, "settings"))
+    values.update(data=data, out=out, preset=preset)
+    return Config(**values).check()
+
+
+def presets() -> list[str]:
+    """Names of the shipped recipes."""
+    folder = resources.files("nnclr") / "presets"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The fields that a shipped recipe, or a TOML file of your own, sets.
+
+    Raises:
+        InputError: if there is no such recipe, or it names an unknown field.
+    """
+    if name in presets():
+        return _parse((resources.files("nnclr") / "presets" / f"{name}.toml").read_bytes(), f"preset {name}")
+    if name.endswith(".toml") and Path(name).is_file():
+        return _parse(Path(name).read_bytes(), name)
+    near = difflib.get_close_matches(name, presets(), n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(
+        f"no preset is called '{name}'; {hint}there are {', '.join(presets())}, or name a .toml file"
+    )
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not valid TOML: {error}") from error
+    return _typed(values, where)
+
+
+def to_toml(config: Config) -> str:
+    """The config as TOML, one line a field; fields that are None are left out."""
+    values = dataclasses.asdict(config)
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: str | int | float) -> str:
+    if isinstance(value, str):
+        return json.dumps(value.encode("utf-8", "backslashreplace").decode())
+    return repr(value)
+
+
+def from_toml(text: bytes, where: str) -> Config:
+    """The config that `to_toml` wrote.
+
+    Raises:
+        InputError: if the text is no valid config.
+    """
+    values = _parse(text, where)
+    missing = {"data", "out"} - values.keys()
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(sorted(missing))}")
+    return Config(**values).check()
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line for each field that differs and that a resumed run must not change."""
+    return [
+        f"{field.name}: {getattr(old, field.name)!r} there, {getattr(new, field.name)!r} now"
+        for field in dataclasses.fields(Config)
+        if field.name not in RESUME_MAY_CHANGE and getattr(old, field.name) != getattr(new, field.name)
+    ]

@@ -1,0 +1,346 @@
+"""Augmentation as batched tensor operations, the same on every device.
+
+Parameters are drawn on the CPU from (seed, epoch, image id, view), and so do not depend on the batch an image
+is in; pixels are worked on where the images are. Operations follow torchvision's float semantics.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import permutations
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from nnclr.data import counter
+from nnclr.errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_IMAGE = 64  # pixels; up to this size policies take their small-image form
+_ORDERS = np.array(list(permutations(range(4))))  # the 24 orders of brightness, contrast, saturation, hue
+_TRIES = 10  # of a crop box, as torchvision's RandomResizedCrop
+_GRAY = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view of an image is made; defaults are BYOL's, which NNCLR uses (paper, section 4.1)."""
+
+    size: int  # pixels
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height, log-uniform
+    flip: float = 0.5  # probability, like the next ones
+    jitter: float = 0.8
+    brightness: float = 0.4  # factors are drawn from 1 +- this
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1  # shift drawn from +- this, in turns
+    grayscale: float = 0.2
+    blur: float = 1.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize: float = 0.0
+    solarize_threshold: float = 0.5
+
+
+def policy(
+    name: str, image_size: int, crop_min_scale: float | None = None, color_strength: float = 1.0
+) -> tuple[View, View]:
+    """The two views of a named policy.
+
+    Up to 64 pixels there is no blur and crops cover at least 0.2 of the area, as in public recipes for small
+    images.
+
+    Args:
+        name: `byol` (view 1 always blurred, view 2 sometimes solarised) or `simclr` (both views alike).
+        image_size: pixels of a view.
+        crop_min_scale: smallest share of the area, instead of the policy's.
+        color_strength: factor on the four jitter amounts.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    small = image_size <= SMALL_IMAGE
+    least = (0.2 if small else 0.08) if crop_min_scale is None else crop_min_scale
+    base = View(image_size, crop_scale=(least, 1.0))
+    if name == "byol":
+        views = (replace(base, blur=1.0), replace(base, blur=0.1, solarize=0.2))
+    elif name == "simclr":
+        alike = replace(base, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5)
+        views = (alike, alike)
+    else:
+        raise InputError(f"no augmentation is called '{name}'; there are byol and simclr")
+    first, second = (
+        replace(
+            view,
+            blur=0.0 if small else view.blur,
+            brightness=view.brightness * color_strength,
+            contrast=view.contrast * color_strength,
+            saturation=view.saturation * color_strength,
+            hue=min(view.hue * color_strength, 0.5),
+        )
+        for view in views
+    )
+    return first, second
+
+
+@dataclass
+class Parameters:
+    """What is done to each of n images to make one view."""
+
+    boxes: np.ndarray  # (n, 4) int64: top, left, height, width in pixels of the image
+    flips: np.ndarray  # (n,) bool
+    jitter: np.ndarray  # (n,) bool
+    factors: np.ndarray  # (n, 4) float32: brightness, contrast, saturation, hue
+    orders: np.ndarray  # (n, 4) int64: the operations in the order they are applied
+    grayscale: np.ndarray  # (n,) bool
+    sigmas: np.ndarray  # (n,) float32, 0 where there is no blur
+    solarize: np.ndarray  # (n,) bool
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """The parameters of several batches as one."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def draw_parameters(
+    view: View,
+    seed: int,
+    epoch: int,
+    ids: np.ndarray,
+    view_index: int,
+    heights: np.ndarray | int,
+    widths: np.ndarray | int,
+) -> Parameters:
+    """Draw one view's parameters for images of the given ids and sizes, on the CPU."""
+    u = counter.uniform(seed, epoch, ids, view_index, 12 + 2 * _TRIES + 2)
+    amounts = np.array([view.brightness, view.contrast, view.saturation, view.hue], np.float32)
+    centres = np.array([1, 1, 1, 0], np.float32)
+    low = np.maximum(centres - amounts, [0, 0, 0, -0.5]).astype(np.float32)
+    factors = low + u[:, 2:6] * (centres + amounts - low)
+    sigma_low, sigma_high = view.blur_sigma
+    return Parameters(
+        boxes=_boxes(view, u[:, 12:], np.broadcast_to(heights, ids.shape), np.broadcast_to(widths, ids.shape)),
+        flips=u[:, 0] < view.flip,
+        jitter=u[:, 1] < view.jitter,
+        factors=factors.astype(np.float32),
+        orders=_ORDERS[(u[:, 6] * 24).astype(np.int64)],
+        grayscale=u[:, 7] < view.grayscale,
+        sigmas=np.where(u[:, 8] < view.blur, sigma_low + u[:, 9] * (sigma_high - sigma_low), 0).astype(np.float32),
+        solarize=u[:, 10] < view.solarize,
+    )
+
+
+def _boxes(view: View, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Crop boxes (n, 4) as torchvision's RandomResizedCrop draws them: the first of ten tries that fits."""
+    u = u.astype(np.float64)
+    tries = u[:, : 2 * _TRIES].reshape(-1, _TRIES, 2)
+    area = (heights * widths)[:, None] * (view.crop_scale[0] + tries[..., 0] * (view.crop_scale[1] - view.crop_scale[0]))
+    log_low, log_high = np.log(view.crop_ratio)
+    ratio = np.exp(log_low + tries[..., 1] * (log_high - log_low))
+    w, h = np.round(np.sqrt(area * ratio)).astype(np.int64), np.round(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (0 < w) & (w <= widths[:, None]) & (0 < h) & (h <= heights[:, None])
+    row, first = np.arange(len(u)), fits.argmax(axis=1)
+    # The largest centred box of an allowed ratio, where no try fits.
+    widest = np.minimum(widths, np.round(heights * view.crop_ratio[1])).astype(np.int64)
+    highest = np.minimum(heights, np.round(widths / view.crop_ratio[0])).astype(np.int64)
+    found = fits.any(axis=1)
+    w = np.where(found, w[row, first], np.maximum(widest, 1))
+    h = np.where(found, h[row, first], np.maximum(highest, 1))
+    top = np.where(found, np.floor(u[:, -2] * (heights - h + 1)), (heights - h) // 2)
+    left = np.where(found, np.floor(u[:, -1] * (widths - w + 1)), (widths - w) // 2)
+    return np.stack([top, left, h, w], axis=1).astype(np.int64)
+
+
+def crop(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: int) -> Tensor:
+    """Cut a box out of each image and resize it, antialiased bicubic, as two batched matrix products.
+
+    Args:
+        images: (n, 3, h, w) uint8.
+        boxes: (n, 4) top, left, height, width.
+        flips: (n,) bool, mirrored left to right.
+        size: pixels of the result.
+
+    Returns:
+        (n, 3, size, size) float32 in [0, 1].
+    """
+    n, channels, height, width = images.shape
+    device = images.device
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], height, size, device)
+    columns = _resize_weights(boxes[:, 1], boxes[:, 3], width, size, device, flips)
+    pixels = images.float() / 255
+    # Rows first, with the colours side by side: (n, size, h) @ (n, h, 3 * w).
+    pixels = rows @ pixels.transpose(1, 2).reshape(n, height, channels * width)
+    pixels = pixels.view(n, size * channels, width) @ columns.transpose(1, 2)
+    return pixels.view(n, size, channels, size).transpose(1, 2).clamp_(0, 1).contiguous()
+
+
+def _resize_weights(
+    start: np.ndarray, length: np.ndarray, pixels: int, size: int, device: torch.device, flips: np.ndarray | None = None
+) -> Tensor:
+    """(n, size, pixels) matrices that resize [start, start + length) to size pixels.
+
+    Bicubic with a = -0.5, widened by the scale when shrinking (antialias), taps outside the box left out: what
+    Pillow and torchvision do.
+    """
+    first = torch.from_numpy(start.astype(np.float32)).to(device)[:, None, None]
+    extent = torch.from_numpy(length.astype(np.float32)).to(device)[:, None, None]
+    scale = extent / size
+    out = torch.arange(size, device=device).float().expand(len(start), size)
+    if flips is not None:
+        out = torch.where(torch.from_numpy(flips).to(device)[:, None], size - 1 - out, out)
+    centre = first + (out[:, :, None] + 0.5) * scale
+    tap = torch.arange(pixels, device=device).float()
+    x = ((tap + 0.5 - centre) / scale.clamp(min=1)).abs_()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights *= (tap >= first) & (tap < first + extent)
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def color(images: Tensor, parameters: Parameters, view: View) -> Tensor:
+    """Jitter in each image's own order, then grayscale, blur and solarise, each where it was drawn.
+
+    Args:
+        images: (n, 3, s, s) float32 in [0, 1]; changed in place.
+        parameters: of the same n images.
+        view: for the size of the blur and the threshold of solarise.
+    """
+    for position in range(4):
+        for operation, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
+            if view_amount(view, operation) == 0:
+                continue
+            chosen = parameters.jitter & (parameters.orders[:, position] == operation)
+            _where(images, chosen, apply, parameters.factors[:, operation])
+    _where(images, parameters.grayscale, lambda x, _: gray(x).expand_as(x), parameters.sigmas)
+    _where(images, parameters.sigmas > 0, lambda x, s: blur(x, s.flatten(), view.size), parameters.sigmas)
+    threshold = view.solarize_threshold
+    _where(images, parameters.solarize, lambda x, _: torch.where(x >= threshold, 1 - x, x), parameters.sigmas)
+    return images
+
+
+def view_amount(view: View, operation: int) -> float:
+    """The amount of jitter operation 0..3: brightness, contrast, saturation, hue."""
+    return (view.brightness, view.contrast, view.saturation, view.hue)[operation]
+
+
+def _where(images: Tensor, chosen: np.ndarray, apply, values: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+    """Replace the chosen images by apply(images, values (n, 1, 1, 1)); the choice is known on the host."""
+    if chosen.any():
+        index = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
+        value = torch.from_numpy(values[chosen]).to(images.device)[:, None, None, None]
+        images[index] = apply(images[index], value)
+
+
+def gray(images: Tensor) -> Tensor:
+    """Luma (n, 1, h, w)."""
+    red, green, blue = images.unbind(1)
+    return (_GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue)[:, None]
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return images.mul_(factor).clamp_(0, 1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = gray(images).mean(dim=(2, 3), keepdim=True)
+    return images.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor).add_((1 - factor) * gray(images)).clamp_(0, 1)
+
+
+def _hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of HSV; value and saturation stay."""
+    red, green, blue = images.unbind(1)
+    high, low = images.amax(1), images.amin(1)
+    chroma = high - low
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    sector = torch.where(
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    sector = sector + 6 * turns[:, 0]
+    channels = []
+    for offset in (5, 3, 1):
+        k = (sector + offset) % 6
+        channels.append(high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, 1)
+
+
+def blur(images: Tensor, sigmas: Tensor, size: int) -> Tensor:
+    """Separable Gaussian blur, reflected at the border; the kernel spans a tenth of the view (23 at 224)."""
+    half = max(1, round(size * 11 / 224))
+    taps = torch.arange(-half, half + 1, device=images.device).float()
+    kernels = torch.exp(-0.5 * (taps / sigmas[:, None]) ** 2)
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)
+    flat = F.pad(images, (half,) * 4, mode="reflect").flatten(0, 1)[None]
+    flat = F.conv2d(flat, kernels[:, None, None, :], groups=len(kernels))
+    return F.conv2d(flat, kernels[:, None, :, None], groups=len(kernels)).view_as(images)
+
+
+def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """Subtract the mean and divide by the standard deviation of each channel."""
+    shape = (1, -1, 1, 1)
+    means, stds = (torch.tensor(values, device=images.device).view(shape) for values in (mean, std))
+    return (images - means) / stds
+
+
+def augment(images: Tensor, ids: np.ndarray, views: Sequence[View], seed: int, epoch: int) -> list[Tensor]:
+    """All views of images that are on the device.
+
+    Args:
+        images: (n, 3, h, w) uint8.
+        ids: (n,) int64 image ids.
+        views: how each view is made.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        A (n, 3, s, s) float32 tensor a view, normalised.
+    """
+    height, width = images.shape[2:]
+    made = []
+    for index, view in enumerate(views):
+        parameters = draw_parameters(view, seed, epoch, ids, index, height, width)
+        cut = crop(images, parameters.boxes, parameters.flips, view.size)
+        made.append(normalize(color(cut, parameters, view)))
+    return made
+
+
+def crop_image(image: np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
+    """`crop` for one large image, by Pillow: (h, w, 3) uint8 to (3, size, size) uint8."""
+    top, left, height, width = (int(value) for value in box)
+    # Cropping first keeps the taps inside the box, as `crop` does.
+    part = Image.fromarray(image[top : top + height, left : left + width])
+    cut = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+    return np.ascontiguousarray((cut[:, ::-1] if flip else cut).transpose(2, 0, 1))
+
+
+def finish(crops: Tensor, parameters: Parameters, view: View) -> Tensor:
+    """Colour and normalise crops (n, 3, s, s) uint8 that were cut with the same parameters."""
+    return normalize(color(crops.float() / 255, parameters, view))
+
+
+def eval_image(image: np.ndarray, size: int) -> np.ndarray:
+    """The evaluation view of an image: (h, w, 3) uint8 to (3, size, size) uint8, bicubic.
+
+    Up to 64 pixels the centre square is resized; above, the shorter side becomes 256/224 of the size and the
+    centre is cut out.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    side = short if size <= SMALL_IMAGE else max(1, round(short * 224 / 256))
+    left, top = (width - side) / 2, (height - side) / 2
+    if size <= SMALL_IMAGE:
+        left, top = float(round(left)), float(round(top))
+    if (height, width) == (size, size) and side == size:
+        return np.ascontiguousarray(image.transpose(2, 0, 1))
+    box = (left, top, left + side, top + side)
+    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized).transpose(2, 0, 1).copy()

@@ -1,0 +1,53 @@
+"""Counter-based randomness: every number is a pure function of what it is for.
+
+There is no generator whose state could be lost, shared or advanced in another order: the value for (seed,
+epoch, image, view, slot) is a hash of these, so resume, workers and world size cannot change it.
+"""
+
+import numpy as np
+
+_MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al., 2014): flips half the bits for each input bit."""
+    x = (x ^ (x >> np.uint64(30))) * _MULTIPLIERS[0]
+    x = (x ^ (x >> np.uint64(27))) * _MULTIPLIERS[1]
+    return x ^ (x >> np.uint64(31))
+
+
+def bits(*keys: int | np.ndarray) -> np.ndarray:
+    """Hash integer keys, broadcast against each other, to uint64."""
+    state = np.zeros((1,), np.uint64)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            state = _mix((state ^ np.atleast_1d(np.asarray(key, np.int64)).astype(np.uint64)) + _GOLDEN)
+    return state
+
+
+def uniform(seed: int, epoch: int, ids: np.ndarray, view: int, slots: int) -> np.ndarray:
+    """Uniform numbers for the augmentation of images.
+
+    Args:
+        seed: of the run.
+        epoch: from 0.
+        ids: (n,) int64 image ids.
+        view: number of the view.
+        slots: numbers needed for each image.
+
+    Returns:
+        (n, slots) float32 in [0, 1), multiples of 2**-24.
+    """
+    keys = bits(seed, epoch, view, np.asarray(ids)[:, None], np.arange(slots)[None, :])
+    return (keys >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of an epoch, (n,) int64: the indices sorted by their hash."""
+    return np.argsort(bits(seed, epoch, -1, np.arange(n)), kind="stable")
+
+
+def draw(seed: int, epoch: int, position: int, attempt: int, n: int) -> int:
+    """An index below n, for instance of the image that replaces an unreadable one."""
+    return int(bits(seed, epoch, -2, position, attempt)[0] % np.uint64(n))

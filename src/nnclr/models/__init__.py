@@ -1,0 +1,1 @@
+"""Views to features: backbones and heads."""

@@ -1,0 +1,137 @@
+"""Pictures of a run: what the look-up returned, and the curves."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+from nnclr.checkpoint import write_atomically
+from nnclr.data import counter
+from nnclr.data.augment import eval_image
+from nnclr.data.decode import BadImage
+from nnclr.data.source import Source
+from nnclr.encoder import Encoder
+
+QUERIES, NEIGHBOURS = 8, 6
+_TILE, _GAP, _HEAD = 72, 6, 22
+_SAME, _OTHER, _SELF = (46, 139, 87), (200, 80, 60), (150, 150, 150)
+
+
+def draw_neighbours(path: Path, encoder: Encoder, objective: nn.Module, source: Source, bad: dict[int, str]) -> None:
+    """A sheet of fixed queries and what `SupportSet.nearest` returns for them, nearest first.
+
+    With labels a neighbour's frame is green where its label is the query's and red where it is not; grey
+    marks an older embedding of the query itself. The figure below each is the cosine similarity.
+
+    Args:
+        path: the PNG to write.
+        encoder: the backbone as it is now.
+        objective: with `projector` and `support_set`, as `NNCLR` has them.
+        source: the images that were trained on.
+        bad: ids of images that cannot be read; they are not asked for.
+    """
+    order = counter.permutation(0, 0, len(source)).tolist()
+    queries = [i for i in order if i not in bad][:QUERIES]
+    features = torch.from_numpy(encoder.embed(source.subset(np.array(queries)), num_workers=0)).to(encoder.device)
+    projector, support_set = objective.get_submodule("projector"), objective.get_submodule("support_set")
+    was_training = projector.training
+    projector.eval()
+    with torch.no_grad():
+        found = support_set.nearest(projector(features), k=min(NEIGHBOURS, support_set.size))  # type: ignore[operator]
+    projector.train(was_training)
+    rows = [
+        (query, [(i, s) for i, s in zip(ids, similarities, strict=True) if s > -np.inf])
+        for query, ids, similarities in zip(queries, found.ids.tolist(), found.similarities.tolist(), strict=True)
+    ]
+    sheet = _sheet(source, rows)
+    path.parent.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def _sheet(source: Source, rows: list[tuple[int, list[tuple[int, float]]]]) -> Image.Image:
+    width = (1 + NEIGHBOURS) * (_TILE + _GAP) + 3 * _GAP
+    sheet = Image.new("RGB", (width, _HEAD + len(rows) * (_TILE + 14 + _GAP) + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, 5), "query", fill="black")
+    draw.text((_TILE + 4 * _GAP, 5), "nearest in the support set", fill="black")
+    for row, (query, neighbours) in enumerate(rows):
+        y = _HEAD + row * (_TILE + 14 + _GAP)
+        sheet.paste(_thumbnail(source, query), (_GAP, y))
+        for column, (i, similarity) in enumerate(neighbours):
+            x = (column + 1) * (_TILE + _GAP) + 3 * _GAP
+            sheet.paste(_thumbnail(source, i), (x, y))
+            if i == query:
+                colour: tuple[int, int, int] | None = _SELF
+            elif source.labels is None:
+                colour = None
+            else:
+                colour = _SAME if source.labels[i] == source.labels[query] else _OTHER
+            if colour is not None:
+                draw.rectangle((x - 2, y - 2, x + _TILE + 1, y + _TILE + 1), outline=colour, width=3)
+            draw.text((x + _TILE // 2 - 10, y + _TILE + 2), f"{similarity:.2f}", fill="black")
+    return sheet
+
+
+def _thumbnail(source: Source, i: int) -> Image.Image:
+    try:
+        image = Image.fromarray(eval_image(source.read(i), _TILE).transpose(1, 2, 0))
+    except BadImage:
+        image = Image.new("RGB", (_TILE, _TILE), "black")
+    return image
+
+
+def draw_curves(run: Path) -> Path | None:
+    """Draw metrics.jsonl and evaluations.jsonl into `curves.png`.
+
+    Returns:
+        The picture, or None where matplotlib (`pip install 'nnclr[plot]'`) is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    metrics, evaluations = _lines(run / "metrics.jsonl"), _lines(run / "evaluations.jsonl")
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(2, 3).flatten()
+    _plot(panels[0], "loss", metrics, {"loss": "loss", "loss_chance": "chance level, log of the candidates"})
+    _plot(
+        panels[1],
+        "share of neighbours",
+        metrics,
+        {"neighbour_purity": "with the query's label", "own_id_share": "of the image itself"},
+    )
+    _plot(panels[2], "neighbour similarity", metrics, {"neighbour_similarity": "cosine"})
+    _plot(panels[3], "embedding health", metrics, {"embedding_std": "std (1 = healthy, 0 = collapsed)"})
+    _plot(panels[4], "effective rank", metrics, {"rank_me": "RankMe of a batch"})
+    knn = [line for line in evaluations if line["protocol"] == "knn"]
+    panels[5].plot([line["step"] for line in knn], [line["value"] for line in knn], marker="o")
+    panels[5].set_title("kNN accuracy" if knn else "kNN accuracy (needs labels)")
+    for panel in panels:
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    path = run / "curves.png"
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def _plot(panel: Any, title: str, metrics: list[dict[str, Any]], names: dict[str, str]) -> None:
+    for name, label in names.items():
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        if points:
+            panel.plot(*zip(*points, strict=True), label=label)
+    panel.set_title(title)
+    if panel.lines:
+        panel.legend(fontsize=8)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

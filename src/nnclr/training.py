@@ -1,0 +1,485 @@
+"""Pre-training: the loop, top to bottom on one page, and what it needs to start, stop and start again."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nnclr
+from nnclr import checkpoint, health, report, run_folder
+from nnclr.checkpoint import TrainState, write_atomically
+from nnclr.config import Config, differences, from_toml, make_config, to_toml
+from nnclr.data.augment import policy
+from nnclr.data.loader import Batch, Loader, Plan, create_loader
+from nnclr.data.source import Source, open_source
+from nnclr.encoder import Encoder
+from nnclr.errors import InputError, NonFiniteError, Stopped, StorageError
+from nnclr.evaluation.online import OnlineKNN
+from nnclr.evaluation.result import append
+from nnclr.interrupt import StopRequest
+from nnclr.models.backbone import create_backbone, feature_dim
+from nnclr.objectives import OBJECTIVES, Output
+from nnclr.optim import create_optimizer, learning_rate
+from nnclr.progress import Reporter, metrics_line
+from nnclr.run_folder import Run
+
+PAPER_SUPPORT_SET = 98_304
+
+
+def pretrain(
+    data: Any,
+    out: str | Path,
+    *,
+    preset: str | None = None,
+    test_data: Any = None,
+    backbone: str | nn.Module | None = None,
+    quiet: bool = False,
+    **fields: Any,
+) -> Run:
+    """Train a backbone without labels, or go on with the run that is in `out`.
+
+    Args:
+        data: a folder, a list of folders, `FILE.parquet`, `torchvision:NAME`, an array of images (n, h, w, 3)
+            uint8, a pair (images, labels), or a `Source`.
+        out: run folder.
+        preset: name of a recipe.
+        test_data: labelled images for the online kNN, in the same forms.
+        backbone: a name, or a module that maps (n, 3, s, s) to (n, d).
+        quiet: print nothing.
+        **fields: any field of `Config`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        InputError: if something is wrong with the arguments; nothing was written.
+        NNCLRError: see `nnclr.errors` for what can end a run.
+    """
+    if backbone is not None:
+        own = isinstance(backbone, nn.Module)
+        fields["backbone"] = f"module:{type(backbone).__name__}" if own else backbone
+    source = open_source(data)
+    test = None if test_data is None else open_source(test_data)
+    config = make_config(
+        str(data) if isinstance(data, (str, Path)) else source.name,
+        str(out),
+        preset,
+        **fields,
+        test_data=None
+        if test is None
+        else str(test_data)
+        if isinstance(test_data, (str, Path))
+        else test.name,
+    )
+    return train(config, source, test, backbone if isinstance(backbone, nn.Module) else None, quiet)
+
+
+def train(
+    config: Config,
+    source: Source,
+    test: Source | None = None,
+    module: nn.Module | None = None,
+    quiet: bool = False,
+) -> Run:
+    """The loop. One step: batch, features, objective, backward, optimiser, update of the support set."""
+    config = resolve(config, source)
+    run = Path(config.out)
+    check_existing(run, config)
+    device, plan = torch.device(config.device), make_plan(config, len(source))
+    total = round((config.epochs + config.extend_epochs) * plan.steps_per_epoch)
+    state = build(config, device, module)
+    backbone, objective, optimizer = state.backbone, state.objective, state.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loader = create_loader(source, plan, device, config.num_workers or 0)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    run_folder.create(run)
+    with checkpoint.lock(run), StopRequest() as stop:
+        restored = restore(run, state, source)
+        run_folder.write_record(run, to_toml(config), config.device, source)
+        recorder = Recorder(run, config, source, test, state, loader, total, quiet)
+        recorder.start(restored)
+        try:
+            for batch in loader.batches(state.step, total):
+                rate = learning_rate(
+                    state.step,
+                    peak=config.learning_rate * config.batch_size / 256,
+                    warmup_steps=min(config.warmup_epochs * plan.steps_per_epoch, 0.1 * total),
+                    total_steps=total,
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+
+                with autocast:
+                    features = [
+                        backbone(view.contiguous(memory_format=torch.channels_last)) for view in batch.views
+                    ]
+                    out = objective(features, ids=batch.ids)  # reads the support set
+                optimizer.zero_grad()
+                out.loss.backward()
+                grad_norm = finite_grad_norm(out, parameters, batch, run)
+                if config.clip_grad_norm is not None:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, grad_norm)
+                optimizer.step()
+                objective.update(out)  # writes the support set
+                state.step += 1
+
+                recorder.after_step(batch, out, rate, grad_norm)
+                if stop.asked:
+                    recorder.save()
+                    raise Stopped(
+                        f"stopped by {stop.asked} at step {state.step} of {total}; the checkpoint is complete, "
+                        "run the same command again to go on"
+                    )
+            recorder.finish()
+        finally:
+            recorder.close()
+    return Run(run)
+
+
+# ---- before the first step: nothing here writes ------------------------------------------------------------
+
+
+def resolve(config: Config, source: Source) -> Config:
+    """Replace every `auto` and default that depends on the machine or the data by its value.
+
+    Raises:
+        InputError: if device, precision or batch size cannot be had.
+    """
+    if config.batch_size > len(source):
+        raise InputError(
+            f"batch_size={config.batch_size} is larger than the data: {source.name} holds {len(source)} "
+            f"images; use a smaller --batch-size"
+        )
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={name} is not supported; choose auto, cpu, cuda or cuda:N")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("this version trains in one process; start it without torchrun")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if computes_in_bfloat16(device) else "fp32"
+    size = config.support_set_size
+    if config.objective == "nnclr" and size is None:
+        size = max(config.batch_size, min(PAPER_SUPPORT_SET, len(source) // 2))
+    return dataclasses.replace(
+        config,
+        device=name,
+        precision=precision,
+        num_workers=min(8, os.cpu_count() or 1) if config.num_workers is None else config.num_workers,
+        support_set_size=size,
+        crop_min_scale=policy(config.augmentation, config.image_size, config.crop_min_scale)[0].crop_scale[0],
+    )
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether bf16 autocast is worth it: native on the GPU, or by AVX-512 or AMX on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def check_existing(run: Path, config: Config) -> None:
+    """Compare with the run that is already in the folder.
+
+    Raises:
+        InputError: if that run has another config, or the folder holds something else.
+    """
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise InputError(f"--out {run} is a file; name a folder for the run")
+    if not (run / "config.toml").is_file():
+        if any(run.iterdir()) and not (run / ".lock").exists():
+            raise InputError(f"--out {run} is not empty and holds no run; choose a new folder")
+        return
+    differing = differences(from_toml((run / "config.toml").read_bytes(), str(run / "config.toml")), config)
+    if differing:
+        raise InputError(
+            f"{run} holds a run with another config ({'; '.join(differing)}): use the same values to resume it, "
+            "or another --out"
+        )
+
+
+def make_plan(config: Config, images: int) -> Plan:
+    """Order and augmentation of the whole run."""
+    views = policy(config.augmentation, config.image_size, config.crop_min_scale, config.color_strength)
+    return Plan(images, config.batch_size, views, config.seed)
+
+
+def build(config: Config, device: torch.device, module: nn.Module | None = None) -> TrainState:
+    """Backbone, objective and optimiser at step 0, initialised from the seed.
+
+    Raises:
+        InputError: if the backbone is unknown or cannot take the images.
+    """
+    torch.manual_seed(config.seed)
+    backbone = create_backbone(config.backbone, config.image_size) if module is None else module
+    width = feature_dim(backbone, config.image_size)
+    kind = OBJECTIVES[config.objective]
+    objective = kind(width, **{name: getattr(config, name) for name in kind.settings})
+    backbone = backbone.to(device, memory_format=torch.channels_last).train()
+    objective = objective.to(device).train()
+    optimizer = create_optimizer(
+        config.optimizer, (backbone, objective), weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    return TrainState(backbone, objective, optimizer)
+
+
+def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
+    """Load the newest good checkpoint into the state; None for a fresh run, else what was skipped.
+
+    Raises:
+        InputError: if the images are not those that the run was started with.
+        NoCheckpointError: if no checkpoint can be used.
+        StorageError: if there is no room for checkpoints.
+    """
+    folder = run / "checkpoints"
+    checkpoint.clean(folder)
+    found, skipped = checkpoint.load_latest(folder)
+    if found is None:
+        needed = 2 * sum(tensor.nbytes for tensor in state.tensors().values())
+        free = shutil.disk_usage(run).free
+        if free < needed:
+            raise StorageError(f"{run} has {free >> 20} MiB free, two checkpoints need {needed >> 20} MiB")
+        return None
+    if found.state["data_fingerprint"] != source.fingerprint:
+        raise InputError(
+            f"{run} was trained on {found.state['images']} images of {found.state['data']}; {source.name} now "
+            f"holds {len(source)} images with other names, sizes or labels: put the data back, or choose another --out"
+        )
+    state.restore(found.tensors)
+    state.step, state.notes = found.step, found.state["notes"]
+    return skipped
+
+
+# ---- after a step ------------------------------------------------------------------------------------------
+
+
+def finite_grad_norm(out: Output, parameters: list[Tensor], batch: Batch, run: Path) -> Tensor:
+    """Norm of the whole gradient.
+
+    Raises:
+        NonFiniteError: if loss or gradient is not finite; raised before the optimiser sees it, with the
+            images of the batch written to `nonfinite/`.
+    """
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    loss = out.loss.detach()
+    if not torch.isfinite(loss + norm):  # the one wait for the device in a step
+        record = {
+            "step": batch.step,
+            "loss": repr(loss.item()),
+            "grad_norm": repr(norm.item()),
+            "ids": batch.ids.tolist(),
+        }
+        (run / "nonfinite").mkdir(exist_ok=True)
+        path = run / "nonfinite" / f"step-{batch.step:08d}.json"
+        write_atomically(path, (json.dumps(record) + "\n").encode())
+        raise NonFiniteError(
+            f"loss {loss.item()} and gradient norm {norm.item()} at step {batch.step} are not both finite; the "
+            f"weights were not changed and the last checkpoint is good: see {path}, lower the learning rate or "
+            "use --precision fp32"
+        )
+    return norm
+
+
+class Recorder:
+    """Everything the loop writes and prints; it reads the training state and never changes it."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        source: Source,
+        test: Source | None,
+        state: TrainState,
+        loader: Loader,
+        total: int,
+        quiet: bool,
+    ) -> None:
+        self.run, self.config, self.source, self.state, self.loader = run, config, source, state, loader
+        self.total = total
+        self.plan = make_plan(config, len(source))
+        self.reporter = Reporter(total, quiet)
+        self.knn = OnlineKNN.create(
+            config.data, source, test, config.knn_k, config.knn_temperature, config.seed
+        )
+        self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(config.device)
+        self.monitor = health.CollapseMonitor()
+        self.monitor.load_state_dict(state.notes.get("collapse", {}))
+        self.window = _Window()
+
+    def start(self, skipped: list[str] | None) -> None:
+        """Say what is about to happen; evaluate the untrained network of a fresh run."""
+        config, source, say = self.config, self.source, self.reporter.say
+        classes = (
+            "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
+        )
+        say(f"{source.name}: {len(source)} images{classes}")
+        heads = sum(p.numel() for p in self.state.objective.parameters())
+        size = sum(p.numel() for p in self.state.backbone.parameters())
+        say(
+            f"{config.objective}, {config.backbone} {size / 1e6:.1f} M + heads {heads / 1e6:.1f} M parameters, "
+            f"{config.image_size} px, batch {config.batch_size}, {self.total} steps, {config.device} "
+            f"{config.precision}, {torch.get_num_threads()} threads"
+        )
+        if config.objective == "nnclr":
+            share = (config.support_set_size or 0) / len(source)
+            say(f"support set {config.support_set_size}: {100 * share:.0f} % of the images")
+            if share > 1:
+                say(
+                    "warning: the support set is larger than the data, so it holds older embeddings of the very "
+                    "same images; own_id_share in metrics.jsonl tells how often those are the neighbours"
+                )
+        run_folder.forget_later_lines(self.run, self.state.step)
+        if skipped is None:
+            self._evaluate()
+            return
+        for line in skipped:
+            say(f"warning: {line}")
+        finished = ": it is finished" if self.state.step >= self.total else ""
+        say(f"resumed {self.run} at step {self.state.step} of {self.total}{finished}")
+
+    def after_step(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
+        """Log, evaluate and save where this step is due for it."""
+        config, step = self.config, self.state.step
+        self.window.add(batch.seconds)
+        self.reporter.step(step, f"{self.window.rate(config.batch_size):.0f} img/s")
+        if step % config.log_every_steps == 0 or step == self.total:
+            self._log(batch, out, rate, grad_norm)
+        every = config.evaluate_every_epochs * self.plan.steps_per_epoch
+        if every and (math.floor(step / every) > math.floor((step - 1) / every) or step == self.total):
+            self._evaluate()
+        if step % config.checkpoint_every_steps == 0 and step < self.total:
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint, and the encoder of this step."""
+        began, state, config = time.perf_counter(), self.state, self.config
+        state.notes["collapse"] = self.monitor.state_dict()
+        facts = {
+            "data": config.data,
+            "images": len(self.source),
+            "data_fingerprint": self.source.fingerprint,
+            "config": to_toml(config),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "notes": state.notes,
+        }
+        checkpoint.save(self.run / "checkpoints", state.step, state.tensors(), facts)
+        self.encoder().save_pretrained(self.run / "encoder")
+        run_folder.write_bad_samples(self.run, self.loader.bad, self.source)
+        self.window.exclude(time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """The last checkpoint and the curves; nothing is lost if this is interrupted and repeated."""
+        self.save()
+        report.draw_curves(self.run)
+        self.reporter.say(f"finished: {self.run}, encoder in {self.run / 'encoder'}")
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self.reporter.close()
+
+    def encoder(self) -> Encoder:
+        """The backbone as it is now."""
+        provenance = {
+            "backbone": self.config.backbone,
+            "objective": self.config.objective,
+            "step": self.state.step,
+            "epochs": self.state.step / self.plan.steps_per_epoch,
+            "data": self.source.name,
+            "data_fingerprint": self.source.fingerprint,
+            "nnclr": nnclr.__version__,
+        }
+        return Encoder(self.state.backbone, self.config.image_size, provenance=provenance)
+
+    def _log(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
+        step, config = self.state.step, self.config
+        z1, z2 = out.embeddings
+        values = {
+            "loss": float(out.loss.detach()),
+            "learning_rate": rate,
+            "grad_norm": float(grad_norm),
+            **{name: float(value) for name, value in out.metrics.items()},
+            "embedding_std": float(health.embedding_std(z1)),
+            "rank_me": float(health.rank_me(z1)),
+            "alignment": float(health.alignment(z1, z2)),
+            "uniformity": float(health.uniformity(z1)),
+            "bad_images": len(self.loader.bad),
+            "images_per_second": self.window.rate(config.batch_size),
+            "data_share": self.window.data_share(),
+        }
+        if self.labels is not None and out.neighbours:
+            values["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        images = step * config.batch_size
+        line = {"step": step, "epoch": step / self.plan.steps_per_epoch, "images": images, **values}
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        seconds_left = (self.total - step) * config.batch_size / max(values["images_per_second"], 1e-9)
+        self.reporter.say(metrics_line(step, self.total, values, seconds_left))
+        warning = self.monitor.observe(
+            step=step,
+            std=values["embedding_std"],
+            rank=values["rank_me"],
+            dim=z1.shape[1],
+            samples=len(z1),
+            distinct=values.get("distinct_neighbours"),
+        )
+        if warning is not None:
+            self.reporter.say(f"warning: {warning}")
+        self.window = _Window()
+        if step == config.log_every_steps:
+            self._draw_neighbours()
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        if self.knn is not None:
+            result = self.knn.measure(self.encoder(), step=self.state.step, seed=self.config.seed)
+            append(result, self.run / "evaluations.jsonl")
+            self.reporter.say(f"step {self.state.step:>5}/{self.total}  kNN {100 * result.value:.1f} %")
+        self._draw_neighbours()
+        self.window.exclude(time.perf_counter() - began)
+
+    def _draw_neighbours(self) -> None:
+        support_set = getattr(self.state.objective, "support_set", None)
+        if support_set is not None and len(support_set) > 0:
+            path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
+            report.draw_neighbours(path, self.encoder(), self.state.objective, self.source, self.loader.bad)
+
+
+class _Window:
+    """Time since the last log line, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self.began, self.steps, self.data = time.perf_counter(), 0, 0.0
+
+    def add(self, data_seconds: float) -> None:
+        self.steps += 1
+        self.data += data_seconds
+
+    def exclude(self, seconds: float) -> None:
+        self.began += seconds
+
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self.began, 1e-9)
+
+    def rate(self, batch_size: int) -> float:
+        return self.steps * batch_size / self.seconds()
+
+    def data_share(self) -> float:
+        return min(self.data / self.seconds(), 1.0)
