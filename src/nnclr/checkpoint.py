@@ -63,7 +63,7 @@ class TrainState:
         try:
             self.backbone.load_state_dict(_below("backbone.", tensors))
             self.objective.load_state_dict(_below("objective.", tensors))
-            saved = {int(i): {} for i in range(len(self._parameters()))}
+            saved: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self._parameters()))}
             for name, value in _below("optimizer.", tensors).items():
                 index, key = name.split(".", 1)
                 saved[int(index)][key] = value
@@ -162,9 +162,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         reason = problem(path)
         if reason is None:
             state = json.loads((path / _STATE).read_text())
-            return Checkpoint(
-                path, state["step"], safetensors.torch.load_file(path / _TENSORS), state
-            ), skipped
+            return Checkpoint(path, state["step"], safetensors.torch.load_file(path / _TENSORS), state), skipped
         skipped.append(f"{path.name} skipped: {reason}")
     if skipped:
         raise NoCheckpointError(
@@ -262,9 +260,7 @@ def lock(run: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise FolderInUseError(
-                f"{run} is in use by {owner}; wait for it or choose another --out"
-            ) from None
+            raise FolderInUseError(f"{run} is in use by {owner}; wait for it or choose another --out") from None
         file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")

@@ -116,9 +116,7 @@ class Config:
         if self.momentum >= 1:
             raise InputError(f"momentum={self.momentum} must be below 1")
         if self.crop_min_scale is not None and self.crop_min_scale > 1:
-            raise InputError(
-                f"crop_min_scale={self.crop_min_scale} is a share of the image's area: at most 1"
-            )
+            raise InputError(f"crop_min_scale={self.crop_min_scale} is a share of the image's area: at most 1")
         return self
 
 
@@ -164,9 +162,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
             value = float(value)
         expected = float if "float" in text else int if "int" in text else str
         optional = "None" in text
-        if not (isinstance(value, expected) and not isinstance(value, bool)) and not (
-            optional and value is None
-        ):
+        if not (isinstance(value, expected) and not isinstance(value, bool)) and not (optional and value is None):
             raise InputError(f"{where}: {name}={value!r} must be {_NAMES[expected]}")
         typed[name] = value
     return typed
@@ -190,9 +186,7 @@ def make_config(data: str, out: str, preset: str | None = None, **fields: Any) -
 def presets() -> list[str]:
     """Names of the shipped recipes."""
     folder = resources.files("nnclr") / "presets"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -207,9 +201,7 @@ def load_preset(name: str) -> dict[str, Any]:
         return _parse(Path(name).read_bytes(), name)
     near = difflib.get_close_matches(name, presets(), n=1, cutoff=0.3)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(
-        f"no preset is called '{name}'; {hint}there are {', '.join(presets())}, or name a .toml file"
-    )
+    raise InputError(f"no preset is called '{name}'; {hint}there are {', '.join(presets())}, or name a .toml file")
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:

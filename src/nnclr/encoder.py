@@ -93,9 +93,7 @@ class Encoder:
                 decoded = list(pool.map(lambda i: self._image(source, i), rows))
                 readable = torch.tensor([image is not None for image in decoded])
                 blank = np.zeros((3, self.image_size, self.image_size), np.uint8)
-                images = torch.from_numpy(np.stack([blank if i is None else i for i in decoded])).to(
-                    self.device
-                )
+                images = torch.from_numpy(np.stack([blank if i is None else i for i in decoded])).to(self.device)
                 with torch.autocast(self.device.type, enabled=False):
                     features = self.module(normalize(images.float() / 255, self.mean, self.std)).float().cpu()
                 features[~readable] = torch.nan
@@ -115,9 +113,7 @@ class Encoder:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()
-        }
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
         write_atomically(folder / _WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
         write_atomically(folder / _CONFIG, (json.dumps(self._config(), indent=2) + "\n").encode())
 

@@ -66,9 +66,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float | None = 1e-3,
     ) -> None:
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError(
-                f"lr={lr} and weight_decay={weight_decay} must be >= 0, momentum={momentum} in [0, 1)"
-            )
+            raise ValueError(f"lr={lr} and weight_decay={weight_decay} must be >= 0, momentum={momentum} in [0, 1)")
         defaults = {
             "lr": lr,
             "momentum": momentum,

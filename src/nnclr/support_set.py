@@ -131,9 +131,7 @@ class SupportSet(nn.Module):
             ages=torch.where(found_NK, self.updates - self.born[slots_NK], 0),
         )
 
-    def _best_of_block(
-        self, z_ND: Tensor, start: int, k: int, exclude_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _best_of_block(self, z_ND: Tensor, start: int, k: int, exclude_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Similarities and slots (n, min(k, block)) of the best entries among the block's slots."""
         stop = min(start + self.block_size, self.size)
         slots = torch.arange(start, stop, device=z_ND.device)

@@ -18,7 +18,7 @@ from nnclr.checkpoint import TrainState, write_atomically
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
 from nnclr.data.augment import policy
 from nnclr.data.loader import Batch, Loader, Plan, create_loader
-from nnclr.data.source import Source, open_source
+from nnclr.data.source import Source, open_source, test_split
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError, NonFiniteError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
@@ -66,17 +66,13 @@ def pretrain(
         own = isinstance(backbone, nn.Module)
         fields["backbone"] = f"module:{type(backbone).__name__}" if own else backbone
     source = open_source(data)
-    test = None if test_data is None else open_source(test_data)
+    test = test_split(data) if test_data is None else open_source(test_data)
     config = make_config(
         str(data) if isinstance(data, (str, Path)) else source.name,
         str(out),
         preset,
         **fields,
-        test_data=None
-        if test is None
-        else str(test_data)
-        if isinstance(test_data, (str, Path))
-        else test.name,
+        test_data=None if test is None else str(test_data) if isinstance(test_data, (str, Path)) else test.name,
     )
     return train(config, source, test, backbone if isinstance(backbone, nn.Module) else None, quiet)
 
@@ -117,9 +113,7 @@ def train(
                     group["lr"] = rate
 
                 with autocast:
-                    features = [
-                        backbone(view.contiguous(memory_format=torch.channels_last)) for view in batch.views
-                    ]
+                    features = [backbone(view.contiguous(memory_format=torch.channels_last)) for view in batch.views]
                     out = objective(features, ids=batch.ids)  # reads the support set
                 optimizer.zero_grad()
                 out.loss.backward()
@@ -314,9 +308,7 @@ class Recorder:
         self.total = total
         self.plan = make_plan(config, len(source))
         self.reporter = Reporter(total, quiet)
-        self.knn = OnlineKNN.create(
-            config.data, source, test, config.knn_k, config.knn_temperature, config.seed
-        )
+        self.knn = OnlineKNN.create(source, test, config.knn_k, config.knn_temperature, config.seed)
         self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(config.device)
         self.monitor = health.CollapseMonitor()
         self.monitor.load_state_dict(state.notes.get("collapse", {}))
@@ -325,9 +317,7 @@ class Recorder:
     def start(self, skipped: list[str] | None) -> None:
         """Say what is about to happen; evaluate the untrained network of a fresh run."""
         config, source, say = self.config, self.source, self.reporter.say
-        classes = (
-            "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
-        )
+        classes = "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
         say(f"{source.name}: {len(source)} images{classes}")
         heads = sum(p.numel() for p in self.state.objective.parameters())
         size = sum(p.numel() for p in self.state.backbone.parameters())
@@ -449,7 +439,7 @@ class Recorder:
     def _evaluate(self) -> None:
         began = time.perf_counter()
         if self.knn is not None:
-            result = self.knn.measure(self.encoder(), step=self.state.step, seed=self.config.seed)
+            result = self.knn.measure(self.encoder())
             append(result, self.run / "evaluations.jsonl")
             self.reporter.say(f"step {self.state.step:>5}/{self.total}  kNN {100 * result.value:.1f} %")
         self._draw_neighbours()

@@ -137,7 +137,9 @@ def _boxes(view: View, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -
     """Crop boxes (n, 4) as torchvision's RandomResizedCrop draws them: the first of ten tries that fits."""
     u = u.astype(np.float64)
     tries = u[:, : 2 * _TRIES].reshape(-1, _TRIES, 2)
-    area = (heights * widths)[:, None] * (view.crop_scale[0] + tries[..., 0] * (view.crop_scale[1] - view.crop_scale[0]))
+    area = (heights * widths)[:, None] * (
+        view.crop_scale[0] + tries[..., 0] * (view.crop_scale[1] - view.crop_scale[0])
+    )
     log_low, log_high = np.log(view.crop_ratio)
     ratio = np.exp(log_low + tries[..., 1] * (log_high - log_low))
     w, h = np.round(np.sqrt(area * ratio)).astype(np.int64), np.round(np.sqrt(area / ratio)).astype(np.int64)

@@ -98,21 +98,15 @@ def create_loader(source: Source, plan: Plan, device: torch.device, num_workers:
     return StreamLoader(source, plan, device, num_workers)
 
 
-def load_resident(
-    source: Source, device: torch.device, num_workers: int
-) -> tuple[Tensor | None, dict[int, str]]:
+def load_resident(source: Source, device: torch.device, num_workers: int) -> tuple[Tensor | None, dict[int, str]]:
     """All images as one uint8 tensor (n, 3, h, w) on the device, or None where that does not suit them.
 
     Unreadable images stay black and are named in the second value.
     """
     bad: dict[int, str] = {}
-    first = next(
-        (image for image in (_read(source, i, bad) for i in range(len(source))) if image is not None), None
-    )
+    first = next((image for image in (_read(source, i, bad) for i in range(len(source))) if image is not None), None)
     if first is None:
-        raise DataError(
-            f"none of the {len(source)} images of {source.name} can be read: {next(iter(bad.values()))}"
-        )
+        raise DataError(f"none of the {len(source)} images of {source.name} can be read: {next(iter(bad.values()))}")
     too_large = len(source) * first.nbytes > _RESIDENT_BYTES[device.type]
     if too_large or (device.type == "cpu" and max(first.shape[:2]) > _RESIDENT_PIXELS_CPU):
         return None, {}

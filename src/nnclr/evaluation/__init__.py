@@ -59,7 +59,6 @@ def evaluate(
     protocol: str = "knn",
     num_workers: int = 2,
     seed: int = 0,
-    step: int | None = None,
     **parameters: Any,
 ) -> Result:
     """Measure an encoder on labelled images.
@@ -71,7 +70,6 @@ def evaluate(
         protocol: `knn` (parameters `k`, `temperature`) or `linear` (parameters of `linear_accuracy`).
         num_workers: threads that decode.
         seed: of splits and of the linear classifier.
-        step: training step of the encoder, for the record.
         **parameters: of the protocol.
 
     Returns:
@@ -103,7 +101,7 @@ def evaluate(
         n_train=len(labels),
         n_test=len(test_labels),
         encoder=encoder.fingerprint,
-        step=encoder.provenance.get("step") if step is None else step,
+        step=encoder.provenance.get("step"),
         seed=seed,
         seconds=time.perf_counter() - began,
         versions=versions(),
@@ -120,7 +118,9 @@ def split(data: Any, test: Any, seed: int) -> tuple[Source, Source]:
     train = open_source(data)
     scored = open_source(test) if test is not None else test_split(data)
     if train.labels is None:
-        raise InputError(f"{train.name} has no labels, and evaluation needs them: one folder a class, or a label column")
+        raise InputError(
+            f"{train.name} has no labels, and evaluation needs them: one folder a class, or a label column"
+        )
     if scored is None:
         order = counter.permutation(seed, 0, len(train))
         held_out = max(1, round(_HOLD_OUT * len(train)))

@@ -1,14 +1,14 @@
 """The kNN accuracy that is measured while a run is under way."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from nnclr.data import counter
-from nnclr.data.source import Source, test_split
+from nnclr.data.source import Source
 from nnclr.encoder import Encoder
-from nnclr.evaluation import evaluate
+from nnclr.evaluation import evaluate, split
 from nnclr.evaluation.result import Result
 
 _BANK, _QUERIES = 10_000, 2_000  # enough for an error of about one point, at a cost of seconds
@@ -22,32 +22,23 @@ class OnlineKNN:
     queries: Source
     k: int
     temperature: float
+    seed: int
 
     @classmethod
-    def create(
-        cls, data: Any, source: Source, test: Source | None, k: int, temperature: float, seed: int
-    ) -> Self | None:
-        """Queries come from the test data, else from the data's own test split, else from a tenth of the data.
+    def create(cls, source: Source, test: Source | None, k: int, temperature: float, seed: int) -> Self | None:
+        """Queries come from the test images, or from a tenth of the source where there are none.
 
         Returns:
             None where there are no labels to measure with.
         """
-        if source.labels is None:
+        if source.labels is None or (test is not None and test.labels is None):
             return None
-        test = test if test is not None else test_split(data)
-        if test is not None and test.labels is not None:
-            bank, queries = source, test
-        else:
-            order = counter.permutation(seed, 0, len(source))
-            held_out = max(1, len(source) // 10)
-            bank, queries = source.subset(np.sort(order[held_out:])), source.subset(np.sort(order[:held_out]))
-        return cls(_sample(bank, _BANK, seed), _sample(queries, _QUERIES, seed), k, temperature)
+        bank, queries = split(source, test, seed)
+        return cls(_sample(bank, _BANK, seed), _sample(queries, _QUERIES, seed), k, temperature, seed)
 
-    def measure(self, encoder: Encoder, step: int, seed: int) -> Result:
+    def measure(self, encoder: Encoder) -> Result:
         """kNN accuracy of the encoder as it is now."""
-        return evaluate(
-            encoder, self.bank, self.queries, k=self.k, temperature=self.temperature, step=step, seed=seed
-        )
+        return evaluate(encoder, self.bank, self.queries, k=self.k, temperature=self.temperature, seed=self.seed)
 
 
 def _sample(source: Source, most: int, seed: int) -> Source:

@@ -48,8 +48,7 @@ def nnclr_loss(neighbours: Tensor, predictions: Tensor, temperature: float = 0.1
     """
     if neighbours.shape != predictions.shape or predictions.ndim != 2:
         raise ValueError(
-            f"neighbours {tuple(neighbours.shape)} and predictions {tuple(predictions.shape)} "
-            "must both be (n, d)"
+            f"neighbours {tuple(neighbours.shape)} and predictions {tuple(predictions.shape)} must both be (n, d)"
         )
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be positive")
@@ -102,9 +101,7 @@ class NNCLR(nn.Module):
         self.predictor = PredictionHead(embedding_dim, predictor_hidden_dim)
         self.support_set = SupportSet(support_set_size, embedding_dim)
 
-    def forward(
-        self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None
-    ) -> Output:
+    def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:
         """The symmetric loss of two views (paper, section 3.2); reads the support set, never writes it.
 
         Args:

@@ -73,9 +73,7 @@ class SimCLR(nn.Module):
         self.temperature = temperature
         self.projector = ProjectionHead(feature_dim, projector_hidden_dim, embedding_dim)
 
-    def forward(
-        self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None
-    ) -> Output:
+    def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:
         """The NT-Xent loss of two views.
 
         Args:

@@ -1,0 +1,135 @@
+"""Bytes to RGB, safely: what a picture file may be, and what each pixel mode means.
+
+A file is untrusted input. It costs at most its own sample, bounded memory and bounded time; nothing that is
+not one of six raster formats is handed to a decoder.
+"""
+
+import errno
+import io
+import os
+import stat
+import time
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 64 * 2**20  # Pillow's own limit admits images that need 1 GB each
+MAX_BYTES = 100 * 10**6
+_TRIES, _PAUSE = 3, 0.05  # for errors of the storage, which may pass; seconds, doubled each time
+
+
+class BadImage(Exception):
+    """An image that cannot be used; it is skipped, counted and listed.
+
+    Args:
+        reason: one word: `not_an_image`, `truncated`, `too_large`, `unsupported_mode` or `unreadable`.
+        detail: what exactly is wrong.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def read_file(path: str | bytes) -> bytes:
+    """The content of a regular file; never waits on a FIFO, follows no device.
+
+    Raises:
+        BadImage: `unreadable` if it is no regular file or cannot be read, `too_large` above 100 MB.
+    """
+    for attempt in range(_TRIES):
+        try:
+            return _read_once(path)
+        except OSError as error:
+            if error.errno != errno.EIO or attempt == _TRIES - 1:
+                raise BadImage("unreadable", error.strerror or str(error)) from error
+            time.sleep(_PAUSE * 2**attempt)
+    raise AssertionError("the loop returns or raises")
+
+
+def _read_once(path: str | bytes) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("unreadable", "not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise BadImage("too_large", f"{status.st_size >> 20} MiB")
+        return file.read()
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The first frame of an image file as it is meant to be seen.
+
+    EXIF orientation is applied; transparency is laid on white; CMYK, palettes and 1-bit become RGB; 16-bit
+    integers are scaled by their type's range, and 32-bit integers and floats by the image's own minimum and
+    maximum (a plain conversion would turn them white).
+
+    Args:
+        data: content of a JPEG, PNG, WebP, BMP, TIFF or GIF file.
+
+    Returns:
+        (h, w, 3) uint8.
+
+    Raises:
+        BadImage: if it cannot be decoded in full, or has more than 64 Mpx.
+    """
+    if len(data) > MAX_BYTES:
+        raise BadImage("too_large", f"{len(data) >> 20} MiB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes below our own limit
+        image = _open(data)
+        try:
+            image.load()
+            oriented = ImageOps.exif_transpose(image)
+            return np.ascontiguousarray(_rgb(oriented))
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage("truncated", str(error)[:120]) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadImage("too_large", "more pixels than any photograph") from error
+    except Exception as error:
+        raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too_large", f"{image.width} x {image.height} pixels")
+    return image
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    mode = image.mode
+    if mode == "RGB":
+        return np.array(image)
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        white = Image.new("RGBA", layers.size, "white")
+        return np.asarray(Image.alpha_composite(white, layers).convert("RGB"))
+    if mode in ("1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"):
+        return np.asarray(image.convert("RGB"))
+    if mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64) / 65535
+    elif mode in ("I", "F"):
+        values = _stretch(np.asarray(image).astype(np.float64))
+    else:
+        raise BadImage("unsupported_mode", mode)
+    gray = np.round(255 * values).astype(np.uint8)
+    return np.repeat(gray[:, :, None], 3, axis=2)
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Scale to 0..1 by the finite minimum and maximum; a constant image becomes mid-gray."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise BadImage("unsupported_mode", "no finite pixel")
+    low, high = values[finite].min(), values[finite].max()
+    if high == low:
+        return np.full_like(values, 0.5)
+    scaled: np.ndarray = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low)
+    return scaled
