@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nnclr.errors import FolderInUseError, NoCheckpointError, NonFiniteError, StorageError
+from nnclr.objectives import Objective
 
 FORMAT = 1
 KEEP = 2  # verified checkpoints that stay
@@ -37,7 +38,7 @@ class TrainState:
     """All that a run continues from; what is no field of it is derived from the config and the step."""
 
     backbone: nn.Module
-    objective: nn.Module  # heads and support set
+    objective: Objective  # heads and support set
     optimizer: torch.optim.Optimizer
     step: int = 0  # optimiser steps taken; order, augmentation and schedule are functions of it
     notes: dict[str, Any] = field(default_factory=dict)  # small JSON values: alarms, seconds trained

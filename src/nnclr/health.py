@@ -1,5 +1,6 @@
 """Measures of collapse and of neighbour health; pure functions of embeddings, no labels needed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ def embedding_std(z: Tensor) -> Tensor:
     Near 1 for embeddings spread over the sphere, 0 for a collapse to one point. It does not notice a collapse
     to a subspace; `rank_me` does.
     """
-    return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
+    return F.normalize(z.float(), dim=1).std(dim=0).mean() * math.sqrt(z.shape[1])
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
 
 from nnclr.checkpoint import write_atomically
 from nnclr.data import counter
@@ -16,13 +15,14 @@ from nnclr.data.augment import eval_image
 from nnclr.data.decode import BadImage
 from nnclr.data.source import Source
 from nnclr.encoder import Encoder
+from nnclr.objectives import NNCLR
 
 QUERIES, NEIGHBOURS = 8, 6
 _TILE, _GAP, _HEAD = 72, 6, 22
 _SAME, _OTHER, _SELF = (46, 139, 87), (200, 80, 60), (150, 150, 150)
 
 
-def draw_neighbours(path: Path, encoder: Encoder, objective: nn.Module, source: Source, bad: dict[int, str]) -> None:
+def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Source, bad: dict[int, str]) -> None:
     """A sheet of fixed queries and what `SupportSet.nearest` returns for them, nearest first.
 
     With labels a neighbour's frame is green where its label is the query's and red where it is not; grey
@@ -31,18 +31,18 @@ def draw_neighbours(path: Path, encoder: Encoder, objective: nn.Module, source: 
     Args:
         path: the PNG to write.
         encoder: the backbone as it is now.
-        objective: with `projector` and `support_set`, as `NNCLR` has them.
+        objective: for its projector and support set.
         source: the images that were trained on.
         bad: ids of images that cannot be read; they are not asked for.
     """
     order = counter.permutation(0, 0, len(source)).tolist()
     queries = [i for i in order if i not in bad][:QUERIES]
     features = torch.from_numpy(encoder.embed(source.subset(np.array(queries)), num_workers=0)).to(encoder.device)
-    projector, support_set = objective.get_submodule("projector"), objective.get_submodule("support_set")
+    projector, support_set = objective.projector, objective.support_set
     was_training = projector.training
     projector.eval()
     with torch.no_grad():
-        found = support_set.nearest(projector(features), k=min(NEIGHBOURS, support_set.size))  # type: ignore[operator]
+        found = support_set.nearest(projector(features), k=min(NEIGHBOURS, support_set.size))
     projector.train(was_training)
     rows = [
         (query, [(i, s) for i, s in zip(ids, similarities, strict=True) if s > -np.inf])

@@ -25,7 +25,7 @@ from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
-from nnclr.objectives import OBJECTIVES, Output
+from nnclr.objectives import NNCLR, OBJECTIVES, Output
 from nnclr.optim import create_optimizer, learning_rate
 from nnclr.progress import Reporter, metrics_line
 from nnclr.run_folder import Run
@@ -181,7 +181,7 @@ def resolve(config: Config, source: Source) -> Config:
 def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether bf16 autocast is worth it: native on the GPU, or by AVX-512 or AMX on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -224,7 +224,7 @@ def build(config: Config, device: torch.device, module: nn.Module | None = None)
     width = feature_dim(backbone, config.image_size)
     kind = OBJECTIVES[config.objective]
     objective = kind(width, **{name: getattr(config, name) for name in kind.settings})
-    backbone = backbone.to(device, memory_format=torch.channels_last).train()
+    backbone = backbone.to(device).to(memory_format=torch.channels_last).train()
     objective = objective.to(device).train()
     optimizer = create_optimizer(
         config.optimizer, (backbone, objective), weight_decay=config.weight_decay, momentum=config.momentum
@@ -269,8 +269,7 @@ def finite_grad_norm(out: Output, parameters: list[Tensor], batch: Batch, run: P
         NonFiniteError: if loss or gradient is not finite; raised before the optimiser sees it, with the
             images of the batch written to `nonfinite/`.
     """
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss = out.loss.detach()
     if not torch.isfinite(loss + norm):  # the one wait for the device in a step
         record = {
@@ -446,10 +445,10 @@ class Recorder:
         self.window.exclude(time.perf_counter() - began)
 
     def _draw_neighbours(self) -> None:
-        support_set = getattr(self.state.objective, "support_set", None)
-        if support_set is not None and len(support_set) > 0:
+        objective = self.state.objective
+        if isinstance(objective, NNCLR) and len(objective.support_set) > 0:
             path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
-            report.draw_neighbours(path, self.encoder(), self.state.objective, self.source, self.loader.bad)
+            report.draw_neighbours(path, self.encoder(), objective, self.source, self.loader.bad)
 
 
 class _Window:

@@ -14,7 +14,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele et al., 2014): flips half the bits for each input bit."""
     x = (x ^ (x >> np.uint64(30))) * _MULTIPLIERS[0]
     x = (x ^ (x >> np.uint64(27))) * _MULTIPLIERS[1]
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def bits(*keys: int | np.ndarray) -> np.ndarray:

@@ -1,0 +1,50 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two threads are slower than one on a busy machine
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """120 random 16 x 16 pictures of 4 classes: a class colour under noise, and the labels."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 4
+    colours = rng.integers(0, 256, (4, 1, 1, 3))
+    noise = rng.integers(-40, 40, (120, 16, 16, 3))
+    return np.clip(colours[labels] + noise, 0, 255).astype(np.uint8), labels
+
+
+TINY = {
+    "backbone": "small-convnet",
+    "image_size": 16,
+    "batch_size": 24,
+    "epochs": 4,
+    "embedding_dim": 16,
+    "projector_hidden_dim": 24,
+    "predictor_hidden_dim": 24,
+    "support_set_size": 50,  # no multiple of the batch
+    "optimizer": "lars",
+    "precision": "fp32",
+    "device": "cpu",
+    "num_workers": 0,
+    "log_every_steps": 2,
+    "evaluate_every_epochs": 2,
+    "checkpoint_every_steps": 3,
+    "quiet": True,
+}
+
+
+@pytest.fixture
+def tiny():
+    """Settings of a run of 20 steps that takes about a second."""
+    return dict(TINY)

@@ -1,0 +1,218 @@
+"""A resumed run is the uninterrupted run, bit for bit; a control for each piece of state shows that this can fail."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import nnclr
+from nnclr import checkpoint, training
+from nnclr.checkpoint import TrainState
+from nnclr.errors import Stopped
+
+STEPS_PER_EPOCH = 5  # 120 pictures, batch 24
+LAST = "step-00000020"
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "checkpoints" / LAST / "tensors.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def interrupt_after(monkeypatch, steps: int) -> None:
+    """Deliver SIGTERM to ourselves when the given step's support-set update is done."""
+    finished = 0
+    update = nnclr.NNCLR.update
+
+    def counted(self, out):
+        nonlocal finished
+        update(self, out)
+        finished += 1
+        if finished == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(nnclr.NNCLR, "update", counted)
+
+
+class Droppy(torch.nn.Module):
+    """A backbone with dropout, so that the generator's state matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(0.2)
+        )
+
+    def forward(self, images):
+        return self.layers(images).mean(dim=(2, 3))
+
+
+def train_twice(monkeypatch, data, tmp_path, stop_after: int, tiny, resumed=None):
+    """The final states of an uninterrupted run, and of one that is stopped and started again."""
+    torch.manual_seed(1)
+    nnclr.pretrain(data, tmp_path / "whole", **{**tiny, "backbone": Droppy()})
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        interrupt_after(patch, stop_after)
+        torch.manual_seed(1)
+        nnclr.pretrain(data, tmp_path / "parts", **{**tiny, "backbone": Droppy()})
+    assert stopped.value.exit_code == 80
+    saved = sorted(path.name for path in (tmp_path / "parts/checkpoints").iterdir())
+    assert saved[-1] == f"step-{stop_after:08d}"
+    torch.manual_seed(99)  # what the process does in between must not matter
+    nnclr.pretrain(data, tmp_path / "parts", **{**tiny, "backbone": Droppy(), **(resumed or {})})
+    return final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("stop_after", [7, 10], ids=["mid-epoch", "epoch-end"])
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_resumed_equals_uninterrupted(monkeypatch, pictures, tmp_path, tiny, stop_after, optimizer):
+    tiny["optimizer"] = optimizer
+    whole, parts = train_twice(monkeypatch, pictures, tmp_path, stop_after, tiny)
+    assert same(whole, parts)
+    one, two = nnclr.Run(tmp_path / "whole").metrics, nnclr.Run(tmp_path / "parts").metrics
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert [line["loss"] for line in one] == [line["loss"] for line in two]
+    knn = [[line["value"] for line in nnclr.Run(tmp_path / name).evaluations] for name in ("whole", "parts")]
+    assert knn[0] == knn[1]
+
+
+@pytest.mark.parametrize("stop_after", [7, 10], ids=["mid-epoch", "epoch-end"])
+def test_streamed_images_and_other_workers(monkeypatch, tmp_path, tiny, stop_after):
+    """Decoded in 2 threads until the stop and in none after it, one file unreadable: still the same bits."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(120):
+        picture = rng.integers(0, 256, (20 + i % 3, 24, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+    (folder / "050.png").write_bytes((folder / "050.png").read_bytes()[:200])
+    tiny["num_workers"] = 2
+    whole, parts = train_twice(monkeypatch, folder, tmp_path, stop_after, tiny, {"num_workers": 0})
+    assert same(whole, parts)
+    assert "050.png" in (tmp_path / "parts/bad_samples.jsonl").read_text()
+
+
+FORGOTTEN = {
+    "support set": lambda name: name.startswith("objective.support_set.vectors"),
+    "support set pointer": lambda name: name == "objective.support_set.enqueued",
+    "support set ages": lambda name: name == "objective.support_set.born",
+    "support set ids": lambda name: name == "objective.support_set.ids",
+    "momentum": lambda name: name.startswith("optimizer."),
+    "batch norm": lambda name: "running_mean" in name,
+    "generator": lambda name: name == "rng.cpu",
+    "backbone": lambda name: name.startswith("backbone.") and name.endswith("weight"),
+    "heads": lambda name: name.startswith("objective.projector") and name.endswith("weight"),
+}
+
+
+@pytest.mark.parametrize("piece", FORGOTTEN)
+def test_control_forgetting_a_piece_of_state_is_noticed(monkeypatch, pictures, tmp_path, tiny, piece):
+    restore = TrainState.restore
+
+    def forgetful(self, tensors):
+        fresh = self.tensors()
+        if piece == "momentum":
+            kept = {name: t for name, t in tensors.items() if not FORGOTTEN[piece](name)}
+        else:
+            kept = {name: fresh[name] if FORGOTTEN[piece](name) else t for name, t in tensors.items()}
+        restore(self, kept)
+
+    monkeypatch.setattr(TrainState, "restore", forgetful)
+    tiny["support_set_size"] = 401  # so large that entries from before the stop are there at the end
+    whole, parts = train_twice(monkeypatch, pictures, tmp_path, 7, tiny)
+    assert not same(whole, parts)
+
+
+def test_control_forgetting_the_step_is_noticed(monkeypatch, pictures, tmp_path, tiny):
+    load = checkpoint.load_latest
+
+    def one_step_back(folder):
+        found, skipped = load(folder)
+        if found is not None:
+            found.step -= 1
+        return found, skipped
+
+    monkeypatch.setattr(checkpoint, "load_latest", one_step_back)
+    whole, parts = train_twice(monkeypatch, pictures, tmp_path, 7, tiny)
+    assert not same(whole, parts)
+
+
+def test_finished_run_is_not_trained_again(pictures, tmp_path, tiny):
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    before = final_state(tmp_path / "run")
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    assert same(before, final_state(tmp_path / "run"))
+
+
+def test_extended_run_goes_on_where_it_ended(pictures, tmp_path, tiny):
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    run = nnclr.pretrain(pictures, tmp_path / "run", **tiny, extend_epochs=2)
+    assert run.metrics[-1]["step"] == 30
+    rates = {line["step"]: line["learning_rate"] for line in run.metrics}
+    assert rates[22] > rates[20]  # the cosine is laid over the longer run
+    assert rates[30] < rates[22]
+
+
+def test_other_images_are_refused(pictures, tmp_path, tiny):
+    images, labels = pictures
+    nnclr.pretrain((images, labels), tmp_path / "run", **tiny)
+    changed = images.copy()
+    changed[3, 0, 0, 0] ^= 1
+    with pytest.raises(nnclr.errors.InputError, match="other names, sizes or labels"):
+        nnclr.pretrain((changed, labels), tmp_path / "run", **tiny, extend_epochs=1)
+
+
+def test_other_config_is_refused_and_names_the_fields(pictures, tmp_path, tiny):
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    written = (tmp_path / "run/config.toml").read_text()
+    with pytest.raises(nnclr.errors.InputError, match=r"temperature: 0.1 there, 0.2 now.*weight_decay|weight_decay.*temp"):
+        nnclr.pretrain(pictures, tmp_path / "run", **{**tiny, "temperature": 0.2, "weight_decay": 1e-3})
+    assert (tmp_path / "run/config.toml").read_text() == written
+
+
+def test_second_process_is_refused(pictures, tmp_path, tiny):
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    with checkpoint.lock(tmp_path / "run"):
+        code = (
+            "import numpy as np, sys, nnclr, nnclr.errors, torch\n"
+            "from pathlib import Path\n"
+            "from nnclr import checkpoint\n"
+            "try:\n"
+            f"    with checkpoint.lock(Path({str(tmp_path / 'run')!r})): pass\n"
+            "except nnclr.errors.FolderInUseError as error: print(error); sys.exit(error.exit_code)\n"
+        )
+        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 84
+    assert f"process {os.getpid()}" in answer.stdout
+    with checkpoint.lock(tmp_path / "run"):  # free again
+        pass
+
+
+def test_non_finite_loss_stops_before_the_update(monkeypatch, pictures, tmp_path, tiny):
+    seen = {}
+    real = training.finite_grad_norm
+
+    def poisoned(out, parameters, batch, run):
+        if batch.step == 8:
+            parameters[0].grad[0] = float("nan")
+            seen["before"] = [p.detach().clone() for p in parameters]
+            seen["parameters"] = parameters
+        return real(out, parameters, batch, run)
+
+    monkeypatch.setattr(training, "finite_grad_norm", poisoned)
+    with pytest.raises(nnclr.errors.NonFiniteError) as stopped:
+        nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    assert stopped.value.exit_code == 82
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["parameters"], strict=True))
+    assert checkpoint.load_latest(tmp_path / "run/checkpoints")[0].step == 6
+    assert (tmp_path / "run/nonfinite/step-00000008.json").exists()
