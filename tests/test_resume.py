@@ -61,10 +61,12 @@ def train_twice(monkeypatch, data, tmp_path, stop_after: int, tiny, resumed=None
     """The final states of an uninterrupted run, and of one that is stopped and started again."""
     torch.manual_seed(1)
     nnclr.pretrain(data, tmp_path / "whole", **{**tiny, "backbone": Droppy()})
-    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+    with monkeypatch.context() as patch:
         interrupt_after(patch, stop_after)
         torch.manual_seed(1)
-        nnclr.pretrain(data, tmp_path / "parts", **{**tiny, "backbone": Droppy()})
+        backbone = Droppy()
+        with pytest.raises(Stopped) as stopped:
+            nnclr.pretrain(data, tmp_path / "parts", **{**tiny, "backbone": backbone})
     assert stopped.value.exit_code == 80
     saved = sorted(path.name for path in (tmp_path / "parts/checkpoints").iterdir())
     assert saved[-1] == f"step-{stop_after:08d}"
@@ -175,7 +177,9 @@ def test_other_images_are_refused(pictures, tmp_path, tiny):
 def test_other_config_is_refused_and_names_the_fields(pictures, tmp_path, tiny):
     nnclr.pretrain(pictures, tmp_path / "run", **tiny)
     written = (tmp_path / "run/config.toml").read_text()
-    with pytest.raises(nnclr.errors.InputError, match=r"temperature: 0.1 there, 0.2 now.*weight_decay|weight_decay.*temp"):
+    with pytest.raises(
+        nnclr.errors.InputError, match=r"temperature: 0.1 there, 0.2 now.*weight_decay|weight_decay.*temp"
+    ):
         nnclr.pretrain(pictures, tmp_path / "run", **{**tiny, "temperature": 0.2, "weight_decay": 1e-3})
     assert (tmp_path / "run/config.toml").read_text() == written
 

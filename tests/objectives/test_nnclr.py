@@ -46,7 +46,7 @@ def follow(made):
                 if found.ages[:, 0].tolist() != [queue.updates - entry[2] for entry in best]:
                     return f"step {step}: another age"
         out.loss.backward()
-        problem = wrong_gradient(features[0].grad, out, queue, (x1, z1, z2, p2), f, g)
+        problem = wrong_gradient(features[0].grad, out, queue, (x1, z2), f, g)
         if problem:
             return f"step {step}: {problem}"
         made.update(out)
@@ -61,11 +61,8 @@ def follow(made):
 
 def wrong_gradient(grad, out, queue, values, f, g):
     """Gradient with respect to view 1's features: only through p1 = g(f(x1)), the neighbour of view 2 fixed."""
-    x1, z1, z2, _ = values
-    if not queue.slots:
-        anchors = z2
-    else:
-        anchors = np.array([queue.slots[s][0] for s in queue.nearest(z2)])
+    x1, z2 = values
+    anchors = np.array([queue.slots[s][0] for s in queue.nearest(z2)]) if queue.slots else z2
 
     def half(x):
         return 0.5 * reference.nnclr_loss(anchors, (x @ f[0].T + f[1]) @ g[0].T + g[1], TEMPERATURE)

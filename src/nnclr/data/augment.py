@@ -336,13 +336,19 @@ def eval_image(image: np.ndarray, size: int) -> np.ndarray:
     centre is cut out.
     """
     height, width = image.shape[:2]
-    short = min(height, width)
-    side = short if size <= SMALL_IMAGE else max(1, round(short * 224 / 256))
-    left, top = (width - side) / 2, (height - side) / 2
     if size <= SMALL_IMAGE:
-        left, top = float(round(left)), float(round(top))
-    if (height, width) == (size, size) and side == size:
-        return np.ascontiguousarray(image.transpose(2, 0, 1))
-    box = (left, top, left + side, top + side)
+        if height == width == size:
+            return np.ascontiguousarray(image.transpose(2, 0, 1))
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        box: tuple[float, float, float, float] = (left, top, left + side, top + side)
+    else:
+        # The window of the resized image that the centre crop keeps, in pixels of the original: an image of
+        # 20000 x 1 is never enlarged as a whole.
+        short = round(size * 256 / 224)
+        rows, columns = (max(short, short * side // min(height, width)) for side in (height, width))
+        top, left = round((rows - size) / 2), round((columns - size) / 2)
+        y, x = height / rows, width / columns
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
     resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(resized).transpose(2, 0, 1).copy()

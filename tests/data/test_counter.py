@@ -1,0 +1,71 @@
+import numpy as np
+
+from nnclr.data import counter
+
+MASK = 2**64 - 1
+
+
+def plain_bits(*keys):
+    """The same hash with Python's unbounded integers."""
+    state = 0
+    for key in keys:
+        x = ((state ^ (key & MASK)) + 0x9E3779B97F4A7C15) & MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+        state = x ^ (x >> 31)
+    return state
+
+
+def test_against_plain_integers():
+    ids = np.array([0, 1, 2**40, 17])
+    got = counter.uniform(3, 5, ids, 1, 4)
+    expected = [[(plain_bits(3, 5, 1, int(i), slot) >> 40) / 2**24 for slot in range(4)] for i in ids]
+    assert got.dtype == np.float32
+    assert got.tolist() == expected
+    assert counter.draw(3, 5, 7, 1, 1000) == plain_bits(3, 5, -2, 7, 1) % 1000
+    keys = [plain_bits(9, 2, -1, i) for i in range(50)]
+    assert counter.permutation(9, 2, 50).tolist() == sorted(range(50), key=lambda i: keys[i])
+
+
+def test_frozen_values():
+    """A change of these changes every run that is resumed across it."""
+    assert counter.permutation(0, 0, 8).tolist() == FROZEN_ORDER
+    np.testing.assert_array_equal(counter.uniform(0, 0, np.array([0, 1]), 0, 2), np.array(FROZEN_UNIFORM, np.float32))
+
+
+FROZEN_ORDER = [5, 6, 3, 1, 0, 7, 4, 2]
+FROZEN_UNIFORM = [[0.4714103937149048, 0.6477578282356262], [0.17732471227645874, 0.12270677089691162]]
+
+
+def test_values_do_not_depend_on_the_batch():
+    ids = np.arange(100)
+    whole = counter.uniform(1, 2, ids, 0, 5)
+    assert (counter.uniform(1, 2, ids[40:60], 0, 5) == whole[40:60]).all()
+    assert (counter.uniform(1, 2, ids, 0, 3) == whole[:, :3]).all()
+
+
+def test_uniform_and_uncorrelated():
+    u = counter.uniform(0, 0, np.arange(20_000), 0, 8)
+    counts = np.stack([np.histogram(u[:, slot], 20, (0, 1))[0] for slot in range(8)])
+    chi_square = ((counts - 1000) ** 2 / 1000).sum(axis=1)
+    assert (chi_square < 45).all()  # 19 degrees of freedom: the 99.9 % point is 43.8
+    assert u.min() >= 0
+    assert u.max() < 1
+    others = {
+        "view": counter.uniform(0, 0, np.arange(20_000), 1, 8),
+        "epoch": counter.uniform(0, 1, np.arange(20_000), 0, 8),
+        "seed": counter.uniform(1, 0, np.arange(20_000), 0, 8),
+        "next id": np.roll(u, 1, axis=0),
+        "next slot": np.roll(u, 1, axis=1),
+    }
+    for name, other in others.items():
+        correlation = np.corrcoef(u.ravel(), other.ravel())[0, 1]
+        assert abs(correlation) < 0.01, name  # 160,000 pairs: a standard error of 0.0025
+    assert np.abs(np.corrcoef(u.T) - np.eye(8)).max() < 0.035
+
+
+def test_permutations_are_permutations_and_differ():
+    one, two = counter.permutation(0, 0, 1000), counter.permutation(0, 1, 1000)
+    assert sorted(one.tolist()) == list(range(1000))
+    assert (one == two).mean() < 0.02
+    assert (one == counter.permutation(1, 0, 1000)).mean() < 0.02

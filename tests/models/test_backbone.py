@@ -1,0 +1,67 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from nnclr.errors import InputError
+from nnclr.models.backbone import create_backbone, feature_dim, timm_name
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "width"),
+    [
+        ("small-convnet", 32, 128),
+        ("resnet18", 32, 512),
+        ("timm/vit_tiny_patch16_224", 64, 192),
+        ("torchvision/mobilenet_v3_small", 64, 1024),
+        ("torchvision/vgg11", 64, 4096),
+    ],
+)
+def test_features_are_one_vector_an_image(name, size, width):
+    model = create_backbone(name, size)
+    assert feature_dim(model, size) == width
+    assert model.training
+
+
+def test_a_bare_resnet_has_torchvisions_keys():
+    ours = create_backbone("resnet18", 224).state_dict()
+    theirs = torchvision.models.resnet18().state_dict()
+    assert set(theirs) - set(ours) == {"fc.weight", "fc.bias"}
+    assert set(ours) <= set(theirs)
+    assert all(ours[name].shape == theirs[name].shape for name in ours)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])
+def test_small_images_get_the_small_stem(name):
+    small, large = create_backbone(name, 64), create_backbone(name, 65)
+    assert small.conv1.weight.shape == (64, 3, 3, 3)
+    assert isinstance(small.maxpool, nn.Identity)
+    assert large.conv1.weight.shape == (64, 3, 7, 7)
+    maps = small.layer1(small.maxpool(small.conv1(torch.zeros(1, 3, 32, 32))))
+    assert maps.shape[2:] == (32, 32)  # padding 1: neither 16 x 16 nor 34 x 34
+
+
+def test_unknown_names_suggest_near_ones():
+    with pytest.raises(InputError, match=r"'resnet81'; did you mean .*resnet18"):
+        create_backbone("resnet81", 32)
+    with pytest.raises(InputError, match=r"'timm/resnett50'; did you mean .*resnet50"):
+        create_backbone("timm/resnett50", 32)
+    with pytest.raises(InputError, match="list_models"):
+        create_backbone("qqqqqqqq", 32)
+    with pytest.raises(InputError, match=r"'os\.system'"):
+        create_backbone("os.system", 32)
+
+
+def test_own_modules_are_checked():
+    assert feature_dim(nn.Flatten(), 4) == 48
+    with pytest.raises(InputError, match=r"one feature vector an image.*3, 4, 4"):
+        feature_dim(nn.Identity(), 4)
+    with pytest.raises(InputError, match="cannot take 8 x 8 images"):
+        feature_dim(nn.Sequential(nn.Flatten(), nn.Linear(10, 2)), 8)
+
+
+def test_timm_names():
+    assert timm_name("resnet18") == "resnet18"
+    assert timm_name("timm/resnet18") == "resnet18"
+    assert timm_name("small-convnet") is None
+    assert timm_name("torchvision/resnet18") is None

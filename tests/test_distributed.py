@@ -1,0 +1,141 @@
+"""W processes with B / W images each are one process with B images. One fat test a world size: starting is slow."""
+
+import copy
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import nnclr
+from nnclr.distributed import gather, rank, world_size
+
+BATCH, DIM = 12, 6
+
+
+def data(step):
+    rng = np.random.default_rng(step)
+    return [torch.from_numpy(rng.normal(size=(BATCH, DIM))).float() for _ in range(2)], torch.arange(BATCH) + 100 * step
+
+
+def objective():
+    torch.manual_seed(0)
+    made = nnclr.NNCLR(DIM, DIM, 8, 8, support_set_size=31)
+    made.projector, made.predictor = torch.nn.Linear(DIM, DIM), torch.nn.Linear(DIM, DIM)  # no batch norm
+    return made
+
+
+def train(rows, average):
+    """Losses, gradients and the support set after 5 steps on these rows of each batch."""
+    made, losses, gradients = objective(), [], []
+    for step in range(5):
+        views, ids = data(step)
+        made.zero_grad()
+        out = made([view[rows] for view in views], ids=ids[rows])
+        out.loss.backward()
+        for p in made.parameters():
+            average(p.grad)
+        loss = out.loss.detach().clone()
+        average(loss)
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
+        made.update(out)
+    return losses, torch.stack(gradients), made.support_set
+
+
+def average(tensor):
+    dist.all_reduce(tensor)
+    tensor /= world_size()
+
+
+def worker(number, world, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=world)
+    share = BATCH // world
+    rows = slice(number * share, (number + 1) * share)
+    losses, gradients, support_set = train(rows, average)
+    report = {"losses": losses, "gradients": gradients, "state": support_set.state_dict()}
+
+    for name, function in (("nnclr", nnclr.nnclr_loss), ("simclr", nnclr.nt_xent_loss)):
+        views, _ = data(7)
+        own = views[1][rows].double().requires_grad_()
+        function(views[0][rows].double(), own, 0.1).backward()
+        report[name] = own.grad
+
+    # control: a gather that returns no gradient for the other ranks' losses
+    broken = nnclr.objectives.nnclr
+    real = broken.gather
+
+    def without_gradient(x):
+        parts = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(parts, x.detach().contiguous())
+        parts[number] = x
+        return torch.cat(parts)
+
+    broken.gather = without_gradient
+    report["gradients without"] = train(rows, average)[1]
+    broken.gather = real
+    update = nnclr.NNCLR.update  # control: a local queue
+    nnclr.NNCLR.update = lambda self, out: self.support_set.enqueue(out.embeddings[0], out.ids)
+    report["state local"] = train(rows, average)[2].state_dict()
+    nnclr.NNCLR.update = update
+
+    # DDP must not overwrite a support set; a registered buffer, the control, is overwritten by rank 0's
+    holder = objective()
+    holder.support_set.enqueue(torch.full((3, DIM), float(number + 1)) + torch.eye(DIM)[:3], torch.tensor([number] * 3))
+    holder.register_buffer("control", torch.tensor([float(number)]))
+    wrapped = torch.nn.parallel.DistributedDataParallel(holder)
+    views, ids = data(0)
+    for _ in range(2):
+        wrapped([view[rows] for view in views], ids=ids[rows])
+    report["ddp ids"], report["ddp buffer"] = holder.support_set.ids[:3].tolist(), holder.control.item()
+
+    x = torch.full((2, 2), float(number), requires_grad=True)
+    everyone = gather(x)
+    (everyone * (rank() + 1)).sum().backward()
+    report["gathered"], report["gathered gradient"] = everyone.detach()[::2, 0].tolist(), x.grad
+    torch.save(report, f"{folder}/{number}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(world, tmp_path):
+    losses, gradients, support_set = train(slice(None), lambda tensor: None)
+    expected = copy.deepcopy(support_set.state_dict())
+    mp.start_processes(worker, (world, str(tmp_path)), nprocs=world, start_method="spawn")
+    reports = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(world)]
+    single = {}
+    for name, function in (("nnclr", nnclr.nnclr_loss), ("simclr", nnclr.nt_xent_loss)):
+        views, _ = data(7)
+        predictions = views[1].double().requires_grad_()
+        function(views[0].double(), predictions, 0.1).backward()
+        single[name] = predictions.grad
+    for number, report in enumerate(reports):
+        np.testing.assert_allclose(report["losses"], losses, rtol=1e-6)
+        assert (report["gradients"] - gradients).norm() <= 1e-6 * gradients.norm()
+        for name, value in expected.items():
+            torch.testing.assert_close(report["state"][name], value, rtol=1e-6, atol=1e-7)
+        assert all(torch.equal(report["state"][name], reports[0]["state"][name]) for name in expected)
+        share = BATCH // world
+        for name, gradient in single.items():
+            own = gradient[number * share : (number + 1) * share] * world  # a rank's loss is a mean over its rows
+            if name == "nnclr":
+                torch.testing.assert_close(report[name], own, rtol=1e-10, atol=1e-13)
+        assert report["gathered"] == list(map(float, range(world)))
+        assert (report["gathered gradient"] == world * (world + 1) / 2).all()
+        assert report["ddp ids"] == [number] * 3
+        assert report["ddp buffer"] == 0.0
+        # controls
+        assert (report["gradients without"] - gradients).norm() > 1e-2 * gradients.norm()
+        assert not torch.equal(report["state local"]["ids"], expected["ids"])
+    both = torch.cat([report["simclr"] for report in reports]) / world
+    torch.testing.assert_close(both, single["simclr"], rtol=1e-10, atol=1e-13)
+
+
+def test_alone_everything_is_the_identity():
+    x = torch.randn(3, 2)
+    assert gather(x) is x
+    assert (rank(), world_size()) == (0, 1)
