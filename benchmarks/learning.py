@@ -128,7 +128,10 @@ def render():
         if not path.exists():
             continue
         record = json.loads(path.read_text())
-        text += [f"\n## {name}\n", f"`python -m benchmarks.learning {name}{' --data emoji64.parquet' if name == 'emoji' else ''}`"]
+        text += [
+            f"\n## {name}\n",
+            f"`python -m benchmarks.learning {name}{' --data emoji64.parquet' if name == 'emoji' else ''}`",
+        ]
         text += [f"on {record['machine']}, torch {record['torch']}, {record['date']}; {record['images']} images.\n"]
         text += ["| | seeds | " + " | ".join(measures) + " | training |", "|---" * (len(measures) + 3) + "|"]
         for method in ("raw pixels", "untrained", "simclr", "nnclr"):

@@ -204,7 +204,7 @@ def _usage() -> str:
   nnclr evaluate RUN_OR_ENCODER DATA --protocol knn|linear
   nnclr info [RUN|DATA]                      versions and devices; what a run or a data set holds
 
-DATA is a folder of images, FILE.parquet, torchvision:NAME or photos. `nnclr COMMAND --help` explains the flags."""
+DATA is a folder of images, FILE.parquet, torchvision:NAME or demo-photos. `nnclr COMMAND --help` explains the flags."""
 
 
 if __name__ == "__main__":

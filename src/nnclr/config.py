@@ -30,7 +30,7 @@ class Config:
     """Everything a pre-training run depends on; `check` says in words what is wrong with it."""
 
     data: tyro.conf.Positional[str]
-    """Images: a folder at any depth, FILE.parquet[?split=train&label=COLUMN], torchvision:NAME, or photos."""
+    """Images: a folder at any depth, FILE.parquet[?split=train&label=COLUMN], torchvision:NAME, or demo-photos."""
     out: str
     """Run folder; a run that is already there is resumed."""
     preset: str | None = None

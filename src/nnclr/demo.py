@@ -23,13 +23,13 @@ def run_demo(out: Path, seed: int) -> Run:
         InputError: if scikit-image is not installed, or the folder holds another run.
     """
     began = time.perf_counter()
-    train, test = open_source("photos"), open_source("photos?split=test")
+    train, test = open_source("demo-photos"), open_source("demo-photos?split=test")
     print(f"{len(train)} patches to train on, {len(test)} other ones to test; the labels only measure", flush=True)
     assert train.labels is not None
     assert test.labels is not None
     assert train.class_names is not None
     raw = knn_accuracy(pixels(train, 32), train.labels, pixels(test, 32), test.labels, len(train.class_names))
-    run = pretrain("photos", out, preset="demo", test_data="photos?split=test", seed=seed)
+    run = pretrain("demo-photos", out, preset="demo", test_data="demo-photos?split=test", seed=seed)
     knn = [line["value"] for line in run.evaluations if line["protocol"] == "knn"]
     purity = [line["neighbour_purity"] for line in run.metrics if "neighbour_purity" in line]
     sheets = sorted((out / "neighbours").glob("step-*.png"))

@@ -136,8 +136,11 @@ class Encoder:
             "license": None,
             "tag": "nnclr",
         }
+        # Vision transformers are built for one size; without it the weights would not fit.
+        model_args = {"img_size": size} if hasattr(self.module, "patch_embed") else {}
         return {
             "architecture": pretrained["architecture"],
+            "model_args": model_args,
             "num_classes": 0,
             "num_features": width,
             "pretrained_cfg": pretrained,

@@ -1,4 +1,4 @@
-"""Each operation against torchvision's on the same parameters; then the chain, the samplers, and what could go wrong."""
+"""Each operation against torchvision's on the same parameters; then the chain and the samplers."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ def photo_patches(split: str = "train") -> Source:
         InputError: if scikit-image is not installed, or the split is unknown.
     """
     if split not in _PER_PHOTO:
-        raise InputError(f"photos?split={split}: a split is train or test")
+        raise InputError(f"demo-photos?split={split}: a split is train or test")
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise InputError("the demo's photographs come with scikit-image; pip install 'nnclr[demo]'")
@@ -46,7 +46,7 @@ def photo_patches(split: str = "train") -> Source:
         patches += [photo[y : y + _PATCH, x : x + _PATCH] for y, x in zip(tops, lefts, strict=True)]
         labels += [label] * len(places)
     names = [Path(name).stem for name in PHOTOS]
-    return array_source(np.stack(patches), np.array(labels), f"photos?split={split}", names)
+    return array_source(np.stack(patches), np.array(labels), f"demo-photos?split={split}", names)
 
 
 def _shrink(photo: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from nnclr.errors import InputError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 ACCEPTED = (
-    "a folder of images, a list of folders, FILE.parquet, torchvision:NAME, photos, an array of images, "
+    "a folder of images, a list of folders, FILE.parquet, torchvision:NAME, demo-photos, an array of images, "
     "or a pair (images, labels)"
 )
 
@@ -85,7 +85,7 @@ def open_source(data: Any) -> Source:
 
     Args:
         data: a `Source` (returned as it is); a folder at any depth, or a list of them; `FILE.parquet` with an
-            optional `?split=train&label=COLUMN`; `torchvision:NAME[?split=test]`; `photos[?split=test]`; an
+            optional `?split=train&label=COLUMN`; `torchvision:NAME[?split=test]`; `demo-photos[?split=test]`; an
             array or tensor of uint8 images (n, h, w[, 1 or 3]) or (n, 3, h, w); or a pair (images, labels).
 
     Raises:
@@ -106,7 +106,7 @@ def open_source(data: Any) -> Source:
         from nnclr.data.named import torchvision_source
 
         return torchvision_source(text.removeprefix("torchvision:"), **parse_query(query, {"split"}))
-    if text == "photos" and not Path(text).exists():
+    if text == "demo-photos":
         from nnclr.data.photos import photo_patches
 
         return photo_patches(**parse_query(query, {"split"}))
@@ -124,7 +124,7 @@ def test_split(data: Any) -> Source | None:
     if not isinstance(data, str):
         return None
     text, _, query = data.partition("?")
-    if "split" in query or not (text.startswith("torchvision:") or text == "photos"):
+    if "split" in query or not (text.startswith("torchvision:") or text == "demo-photos"):
         return None
     return open_source(text + "?split=test")
 

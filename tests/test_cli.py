@@ -1,0 +1,186 @@
+"""The command line as a user meets it: exit codes, one plain sentence, nothing written."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import nnclr
+from nnclr import cli
+
+FLAGS = (
+    "--backbone small-convnet --image-size 16 --batch-size 16 --epochs 2 --embedding-dim 8 --device cpu "
+    "--projector-hidden-dim 16 --predictor-hidden-dim 16 --support-set-size 20 --log-every-steps 2 --num-workers 0 "
+    "--precision fp32"
+).split()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 40 small pictures in two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "photos" / ("cats", "dogs")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = (200, 40, 40) if i % 2 else (40, 40, 200)
+        noise = rng.integers(-40, 40, (20, 24, 3))
+        Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def fails(capsys, tmp_path, code, words, *arguments):
+    """The command leaves with this code, one sentence of these words, no traceback, and nothing written."""
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([str(a) for a in arguments]) == code
+    captured = capsys.readouterr()
+    assert re.search(words, captured.err), captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert "Traceback" not in captured.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("does not exist", ["no-such-folder"]),
+        ("no images found .* it is empty", ["empty"]),
+        (r"no images found .* it holds 2 \.heic", ["others"]),
+        ("no backbone is called 'resnet81'; did you mean .*resnet18", ["photos", "--backbone", "resnet81"]),
+        ("batch_size=64 is larger than the data: .* holds 40 images", ["photos", "--batch-size", "64"]),
+        ("temperature=-1.0 must be a finite number above 0", ["photos", "--temperature", "-1"]),
+        ("no preset is called 'dem'; did you mean demo", ["photos", "--preset", "dem"]),
+        ("cannot take 16 x 16|cannot take", ["photos", "--backbone", "timm/vit_tiny_patch16_224", "--image-size", "9"]),
+        ("device=tpu9 cannot be used", ["photos", "--device", "tpu9"]),
+        ("no torchvision data set is called 'cifar11'; did you mean cifar10", ["torchvision:cifar11"]),
+        ("needs? .*split=|expected split", ["torchvision:mnist?spilt=test"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(capsys, monkeypatch, tmp_path, photos, words, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "others").mkdir()
+    for name in ("a.heic", "b.HEIC", "c.txt"):
+        (tmp_path / "others" / name).write_text("x")
+    fails(capsys, tmp_path, 2, words, "pretrain", arguments[0], "--out", "run", *FLAGS, *arguments[1:])
+
+
+def test_unwritable_out_is_code_2(capsys, tmp_path, photos):
+    (tmp_path / "file").write_text("x")
+    fails(capsys, tmp_path, 2, "cannot be written", "pretrain", photos, "--out", tmp_path / "file" / "run", *FLAGS)
+    fails(capsys, tmp_path, 2, "is a file", "pretrain", photos, "--out", tmp_path / "file", *FLAGS)
+    fails(capsys, tmp_path, 2, "is not empty and holds no run", "pretrain", photos, "--out", photos, *FLAGS)
+
+
+def test_unknown_command_and_flag(capsys, tmp_path):
+    fails(capsys, tmp_path, 2, "'trian' is no command; there are demo, pretrain", "trian")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["pretrain", "x", "--out", "y", "--epoch", "3"])
+    assert stopped.value.code == 2
+    assert "--epochs" in "".join(capsys.readouterr())
+
+
+def test_whole_way_of_a_user(capsys, tmp_path, photos):
+    """Pre-train, start again, evaluate, look: what the README shows."""
+    run = tmp_path / "run"
+    command = ["pretrain", str(photos), "--out", str(run), *FLAGS]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "40 images, 2 classes (only to measure)" in said
+    assert re.search(r"step +4/4 +loss \d\.\d+ \(chance 2\.77\) +neighbour purity \d+ %", said)
+    assert re.search(r"step +0/4 +kNN \d+\.\d %", said)
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.toml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "encoder"}
+    assert sorted(path.name for path in (run / "neighbours").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert Image.open(run / "neighbours/step-00000004.png").size[0] > 400
+
+    assert cli.main(command) == 0
+    assert "it is finished" in capsys.readouterr().out
+    assert cli.main([*command[:-1], "bf16"]) == 2
+    assert "precision: 'fp32' there, 'bf16' now" in capsys.readouterr().err
+
+    values = []
+    for protocol in ("knn", "knn", "linear"):
+        assert cli.main(["evaluate", str(run), str(photos), "--protocol", protocol]) == 0
+        values.append(json.loads(capsys.readouterr().out))
+    assert values[0]["value"] == values[1]["value"]
+    assert values[0]["value"] > 0.7  # red and blue
+    assert values[0]["parameters"]["k"] == 20
+    assert values[0]["parameters"]["temperature"] == 0.07
+    assert (values[0]["n_train"], values[0]["n_test"]) == (36, 4)
+    assert values[0]["step"] == 4
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["protocol"] for line in lines[-3:]] == ["knn", "knn", "linear"]
+
+    assert cli.main(["info", str(run)]) == 0
+    assert 'backbone = "small-convnet"' in capsys.readouterr().out
+    assert cli.main(["info", str(photos)]) == 0
+    assert "dogs: 20" in capsys.readouterr().out
+    assert cli.main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+    assert cli.main(["evaluate", str(photos), str(photos)]) == 2
+    assert "holds no encoder" in capsys.readouterr().err
+
+
+def test_unlabelled_pictures_have_no_purity(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
+    run = nnclr.pretrain(
+        images, tmp_path / "run", backbone="small-convnet", image_size=16, batch_size=16, epochs=3, quiet=True,
+        embedding_dim=8, projector_hidden_dim=16, predictor_hidden_dim=16, log_every_steps=1, device="cpu",
+    )  # fmt: skip
+    assert run.evaluations == []
+    assert all("neighbour_purity" not in line for line in run.metrics)
+    assert {"neighbour_similarity", "neighbour_age", "own_id_share", "distinct_neighbours", "support_set_fill",
+            "embedding_std", "rank_me", "alignment", "uniformity", "loss_chance"} <= set(run.metrics[-1])  # fmt: skip
+
+
+def test_encoder_folder_loads_by_timm(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (8, 80, 80, 3), dtype=np.uint8)
+    run = nnclr.pretrain(
+        images, tmp_path / "run", backbone="timm/vit_tiny_patch16_224", image_size=80, batch_size=4, epochs=1,
+        embedding_dim=8, projector_hidden_dim=16, predictor_hidden_dim=16, device="cpu", precision="fp32", quiet=True,
+    )  # fmt: skip
+    ours = nnclr.Encoder.from_pretrained(run.path)
+    theirs = timm.create_model(f"local-dir:{run.path / 'encoder'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 80, 80)
+    with torch.no_grad():
+        assert torch.equal(ours.module(x), theirs(x))
+    assert tuple(theirs.pretrained_cfg["mean"]) == ours.mean
+    assert theirs.pretrained_cfg["tag"] == "nnclr"
+
+
+SLOW_RUN = """
+import numpy as np, sys, torch
+torch.set_num_threads(1)
+from nnclr import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_leaves_a_checkpoint_and_code_80(tmp_path, photos, number):
+    command = [sys.executable, "-c", SLOW_RUN, "pretrain", str(photos), "--out", str(tmp_path / "run"), *FLAGS]
+    command += ["--epochs", "100000", "--evaluate-every-epochs", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 84
+    assert f"in use by process {process.pid}" in second.stderr
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 80
+    assert f"stopped by {number.name} at step" in err
+    step = int(re.search(r"at step (\d+)", err)[1])
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").exists()
