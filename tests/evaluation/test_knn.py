@@ -1,0 +1,86 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from nnclr.evaluation.knn import cross_group_recall, knn_accuracy, knn_predict, nearest_rows
+from tests.reference import unit
+
+
+@pytest.fixture
+def clusters():
+    """Overlapping clusters, so that votes are close: 400 train and 150 test rows of 7 classes."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(7, 12))
+    labels = rng.integers(0, 7, 550)
+    features = centres[labels] + 0.9 * rng.normal(size=(550, 12))
+    return features[:400], labels[:400], features[400:], labels[400:]
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (20, 1.0), (200, 0.07), (400, 0.1)])
+def test_against_scikit_learn(clusters, k, temperature):
+    train, labels, test, _ = clusters
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(train, labels)
+    assert knn_predict(train, labels, test, 7, k, temperature).tolist() == theirs.predict(test).tolist()
+
+
+def test_against_plain_numpy(clusters):
+    train, labels, test, truth = clusters
+    similarities = unit(test) @ unit(train).T
+    right = 0
+    for row, label in zip(similarities, truth, strict=True):
+        votes = np.zeros(7)
+        for i in np.argsort(-row)[:20]:
+            votes[labels[i]] += np.exp(row[i] / 0.07)
+        right += votes.argmax() == label
+    assert knn_accuracy(train, labels, test, truth, 7) == pytest.approx(right / len(truth), abs=1e-12)
+    unweighted = knn_predict(train, labels, test, 7, temperature=1e6)  # control: the weights matter
+    assert not torch.equal(unweighted, knn_predict(train, labels, test, 7))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_blocks_do_not_change_the_result(clusters, block):
+    train, labels, test, _ = clusters
+    whole = knn_predict(train, labels, test, 7)
+    assert torch.equal(knn_predict(train, labels, test, 7, block=block), whole)
+
+
+def test_more_voters_than_rows():
+    assert knn_predict(np.eye(3), [0, 1, 2], np.eye(3), 3, k=20).tolist() == [0, 1, 2]
+
+
+def test_neighbours_are_exact_under_autocast():
+    train, test = torch.randn(1, 64) + 0.1 * torch.randn(300, 64), torch.randn(1, 64) + 0.1 * torch.randn(50, 64)
+    exact = (unit(test.double().numpy()) @ unit(train.double().numpy()).T).argmax(axis=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nearest_rows(train, test, 1)[1][:, 0].tolist() == exact.tolist()
+
+
+def test_memory_is_bounded():
+    """60,000 x 30,000 similarities would take 7 GB; a fresh process stays below 500 MB more."""
+    code = """
+import resource, torch
+torch.set_num_threads(1)
+from nnclr.evaluation.knn import nearest_rows
+train, test = torch.randn(60000, 8), torch.randn(30000, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+nearest_rows(train, test, 20, block=4096)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(answer.stdout) < 500
+
+
+def test_cross_group_recall_by_hand():
+    features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.05], [0.7, 0.7]])
+    concepts = np.array(["cat", "cat", "dog", "dog", "dog", "lone"])
+    families = np.array(["a", "b", "a", "b", "a", "a"])
+    # Row 0: nearest of family b is row 1, a cat: right. Row 1: nearest of family a is row 4, a dog: wrong.
+    # Rows 2 and 3 find each other. Row 4: nearest of b is row 1: wrong. Row 5 has no partner: not asked.
+    assert cross_group_recall(features, concepts, families) == pytest.approx(3 / 5)
+    assert cross_group_recall(features, concepts, families, block=2) == pytest.approx(3 / 5)

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from nnclr.evaluation.linear import _fit, _validation_rows, linear_accuracy
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(5, 20))
+    labels = rng.integers(0, 5, 5000)
+    features = (centres[labels] + 1.6 * rng.normal(size=(5000, 20))) * rng.uniform(0.01, 30, 20)  # odd scales
+    return features[:3000], labels[:3000], features[3000:], labels[3000:]
+
+
+def test_near_logistic_regression(clusters):
+    train, labels, test, truth = clusters
+    mean, std = train.mean(0), train.std(0)
+    theirs = LogisticRegression(max_iter=500).fit((train - mean) / std, labels)
+    expected = theirs.score((test - mean) / std, truth)
+    outcome = linear_accuracy(*clusters, 5, epochs=40, batch_size=256)
+    assert 0.6 < expected < 0.95  # neither trivial nor hopeless
+    assert outcome.test_accuracy == pytest.approx(expected, abs=0.01)
+    assert outcome.protocol["learning_rate"] == outcome.learning_rate
+
+
+def test_twice_the_same(clusters):
+    assert linear_accuracy(*clusters, 5, epochs=5) == linear_accuracy(*clusters, 5, epochs=5)
+
+
+def test_side_by_side_classifiers_are_those_trained_alone(clusters):
+    train, labels = torch.tensor(clusters[0][:512]).float(), torch.tensor(clusters[1][:512])
+    both = _fit(train / 30, labels, 5, (0.1, 1.0), 3, 128, 0)
+    for i, rate in enumerate((0.1, 1.0)):
+        alone = _fit(train / 30, labels, 5, (rate,), 3, 128, 0)
+        torch.testing.assert_close(both[:, i], alone[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_update_is_pytorchs_sgd_on_cross_entropy(clusters):
+    features, labels = torch.tensor(clusters[0][:256]).float() / 30, torch.tensor(clusters[1][:256])
+    ours = _fit(features, labels, 5, (0.5,), 4, 256, 0)[:, 0]  # full batches: the order does not matter
+    model = torch.nn.Linear(20, 5)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(features), labels).backward()
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(ours[:-1], model.weight.T, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours[-1], model.bias, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_split_is_balanced_and_seeded():
+    labels = torch.tensor([0] * 100 + [1] * 30 + [2] * 2 + [3])
+    chosen = _validation_rows(labels, 0.1, 0)
+    assert [int(chosen[labels == c].sum()) for c in range(4)] == [10, 3, 1, 0]
+    assert torch.equal(chosen, _validation_rows(labels, 0.1, 0))
+    assert not torch.equal(chosen, _validation_rows(labels, 0.1, 1))

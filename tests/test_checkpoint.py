@@ -1,0 +1,210 @@
+"""What a kill, a flipped bit and a full disk leave behind."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nnclr import checkpoint
+from nnclr.errors import NoCheckpointError, NonFiniteError, StorageError
+
+
+def tensors(step):
+    generator = torch.Generator().manual_seed(step)
+    return {"weights": torch.randn(50, 40, generator=generator), "count": torch.tensor(step), "rng": torch.arange(9)}
+
+
+def write(folder, *steps):
+    for step in steps:
+        checkpoint.save(folder, step, tensors(step), {"notes": {"at": step}})
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip_and_retention(tmp_path):
+    write(tmp_path, 5, 10, 15)
+    found, skipped = checkpoint.load_latest(tmp_path)
+    assert (found.step, found.state["notes"], skipped) == (15, {"at": 15}, [])
+    assert all(torch.equal(found.tensors[name], value) for name, value in tensors(15).items())
+    assert names(tmp_path) == ["step-00000010", "step-00000015"]
+    write(tmp_path, 15)  # the same step again: nothing to do
+    assert names(tmp_path) == ["step-00000010", "step-00000015"]
+
+
+def test_nothing_there_is_a_fresh_start(tmp_path):
+    assert checkpoint.load_latest(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("kind", ["flip a bit", "zero a block", "cut"])
+def test_damage_is_always_noticed(tmp_path, kind):
+    """30 random damages of each kind to the tensors, the state and the manifest; control: safetensors alone."""
+    rng = random.Random(kind)
+    write(tmp_path, 1, 2)
+    newest = tmp_path / "step-00000002"
+    silent_for_safetensors = 0
+    for number in range(30):
+        name = ("tensors.safetensors", "state.json", "manifest.json")[number % 3]
+        good = (newest / name).read_bytes()
+        bad = bytearray(good)
+        if kind == "cut":
+            bad = bad[: rng.randrange(len(bad))]
+        elif kind == "flip a bit":
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        else:
+            start = rng.randrange(len(bad))
+            bad[start : start + 512] = bytes(len(bad[start : start + 512]))
+        (newest / name).write_bytes(bad)
+        if bad != good:
+            found, skipped = checkpoint.load_latest(tmp_path)
+            assert found.step == 1
+            assert len(skipped) == 1
+            assert "step-00000002 skipped" in skipped[0]
+            if name == "tensors.safetensors":
+                try:
+                    loaded = checkpoint.safetensors.torch.load_file(newest / name)
+                    silent_for_safetensors += not torch.equal(loaded["weights"], tensors(2)["weights"])
+                except checkpoint.safetensors.SafetensorError:
+                    pass
+        (newest / name).write_bytes(good)
+    assert checkpoint.load_latest(tmp_path)[0].step == 2
+    if kind == "flip a bit":
+        assert silent_for_safetensors > 5  # the control: without our manifest these would load
+
+
+def test_files_of_two_steps_swapped(tmp_path):
+    write(tmp_path, 1, 2)
+    one, two = tmp_path / "step-00000001", tmp_path / "step-00000002"
+    shutil.copy(one / "tensors.safetensors", two / "tensors.safetensors")
+    assert checkpoint.load_latest(tmp_path)[0].step == 1
+    shutil.rmtree(two)
+    shutil.copytree(one, two)  # a whole checkpoint under another step's name
+    found, skipped = checkpoint.load_latest(tmp_path)
+    assert found.step == 1
+    assert "another checkpoint" in skipped[0]
+
+
+def test_all_bad_is_never_a_silent_restart(tmp_path):
+    write(tmp_path, 1, 2)
+    for path in tmp_path.glob("*/manifest.json"):
+        path.unlink()
+    with pytest.raises(NoCheckpointError, match=r"none of the 2 checkpoints.*manifest\.json is missing"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_newest_is_the_highest_step_whatever_the_clock_says(tmp_path):
+    write(tmp_path, 9, 100)
+    os.utime(tmp_path / "step-00000009", (4e9, 4e9))
+    assert checkpoint.load_latest(tmp_path)[0].step == 100
+
+
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
+    write(tmp_path, 1, 2)
+    (tmp_path / "step-00000002/state.json").write_text("{}")
+    write(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
+    found, _ = checkpoint.load_latest(tmp_path)
+    assert found.step == 3
+
+
+def test_non_finite_state_is_not_saved(tmp_path):
+    write(tmp_path, 1)
+    broken = tensors(2)
+    broken["weights"][3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="weights is not finite at step 2"):
+        checkpoint.save(tmp_path, 2, broken, {})
+    assert names(tmp_path) == ["step-00000001"]
+
+
+KILLED = """
+import os, sys, torch
+from pathlib import Path
+from nnclr import checkpoint
+folder, point = Path(sys.argv[1]), sys.argv[2]
+def die(*_, **__): os.kill(os.getpid(), 9)
+if point == "before tensors": checkpoint.safetensors.torch.save_file = die
+if point == "before manifest": checkpoint._fingerprint = die
+if point == "before sync": checkpoint._sync = die
+if point == "before rename": Path.rename = die
+if point == "before parent sync":
+    real = checkpoint._sync
+    checkpoint._sync = lambda path: die() if path == folder else real(path)
+if point == "while pruning": checkpoint.shutil.rmtree = lambda path, **_: die() if "old" in path.name else None
+checkpoint.save(folder, 3, {"weights": torch.ones(4)}, {})
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "newest"),
+    [
+        ("before tensors", 2),
+        ("before manifest", 2),
+        ("before sync", 2),
+        ("before rename", 2),
+        ("before parent sync", 3),
+        ("while pruning", 3),
+    ],
+)
+def test_killed_inside_the_write(tmp_path, point, newest):
+    """The old or the new checkpoint, never a third thing; the next start removes the leftovers."""
+    write(tmp_path, 1, 2)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), point], check=False)
+    assert killed.returncode == -9
+    found, skipped = checkpoint.load_latest(tmp_path)
+    assert (found.step, skipped) == (newest, [])
+    checkpoint.clean(tmp_path)
+    assert all(name.startswith("step-") for name in names(tmp_path))
+    write(tmp_path, 4)
+    assert checkpoint.load_latest(tmp_path)[0].step == 4
+
+
+def test_storage_failure_leaves_the_older_checkpoints(tmp_path, monkeypatch):
+    write(tmp_path, 1, 2)
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(StorageError, match="No space left on device; it needs about 1 MiB") as raised:
+        checkpoint.save(tmp_path, 3, tensors(3), {})
+    assert raised.value.exit_code == 83
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_file_size_limit_in_a_real_process(tmp_path):
+    """EFBIG from the kernel, in the middle of the tensors."""
+    write(tmp_path, 1)
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from nnclr import checkpoint, errors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try: checkpoint.save(Path(sys.argv[1]), 2, {"weights": torch.ones(100_000)}, {})
+except errors.StorageError as error: sys.exit(error.exit_code)
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 83
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_atomic_write_replaces_whole_files(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    checkpoint.write_atomically(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    with pytest.raises(StorageError, match="could not be written: I/O error"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.json"]
+
+
+def test_manifest_names_size_and_hash(tmp_path):
+    write(tmp_path, 1)
+    manifest = json.loads((tmp_path / "step-00000001/manifest.json").read_text())
+    assert set(manifest["files"]) == {"tensors.safetensors", "state.json"}
+    assert all(set(entry) == {"bytes", "sha256"} for entry in manifest["files"].values())
