@@ -1,5 +1,6 @@
 """What is learned: pixels, the untrained network, SimCLR and NNCLR on the same heads and budget.
 
+    python -m benchmarks.learning demo --seeds 0 1 2
     python -m benchmarks.learning fashion-mnist --seeds 0 1 2
     python -m benchmarks.learning emoji --data emoji64.parquet --seeds 0
 
@@ -27,6 +28,7 @@ from nnclr.training import build, resolve
 
 RESULTS = Path("docs/results")
 MEASURES = {
+    "demo": ("kNN", "linear"),
     "fashion-mnist": ("kNN", "linear"),
     "emoji": ("group kNN", "subgroup kNN", "cross-family recall@1"),
 }
@@ -38,12 +40,14 @@ def main():
     parser.add_argument("--data", help="emoji: path of emoji64.parquet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
-    fashion = options.name == "fashion-mnist"
-    if not fashion and options.data is None:
+    if options.name == "emoji" and options.data is None:
         parser.error("emoji needs --data")
-    data = "torchvision:fashion-mnist" if fashion else f"{options.data}?split=train&label=group"
-    measure = FashionMNIST() if fashion else Emoji(options.data)
-    size = 28 if fashion else 32
+    data, size = {
+        "demo": ("demo-photos", 32),
+        "fashion-mnist": ("torchvision:fashion-mnist", 28),
+        "emoji": (f"{options.data}?split=train&label=group", 32),
+    }[options.name]
+    measure = Emoji(options.data) if options.name == "emoji" else Labelled(data)
     rows = [row("raw pixels", None, measure(lambda source: pixels(source, size)), 0.0)]
     for seed in options.seeds:
         fields = {"preset": options.name, "seed": seed}
@@ -66,15 +70,15 @@ def row(method, seed, values, seconds):
     return made
 
 
-class FashionMNIST:
-    """kNN (k = 20, T = 0.07) and linear accuracy on the 10,000 test images, learned from the 60,000 others."""
+class Labelled:
+    """kNN (k = 20, T = 0.07) and linear accuracy on the test images, learned from the training images."""
 
-    def __init__(self):
-        self.train = open_source("torchvision:fashion-mnist")
-        self.test = open_source("torchvision:fashion-mnist?split=test")
+    def __init__(self, data):
+        self.train, self.test = open_source(data), open_source(f"{data}?split=test")
 
     def __call__(self, embed):
-        split = (embed(self.train), self.train.labels, embed(self.test), self.test.labels, 10)
+        classes = len(self.train.class_names)
+        split = (embed(self.train), self.train.labels, embed(self.test), self.test.labels, classes)
         return {"kNN": knn_accuracy(*split), "linear": linear_accuracy(*split).test_accuracy}
 
 

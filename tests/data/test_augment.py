@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -67,17 +68,26 @@ def test_whole_chain_is_torchvisions(views):
     assert worst(views, photos()) < 2e-4
 
 
-@pytest.mark.parametrize("size", [9, 32, 64])
+EDGES = np.array([[0, 0, 1, 1], [39, 51, 1, 1], [0, 0, 40, 52], [39, 0, 1, 52], [0, 51, 40, 1], [3, 5, 36, 2]])
+
+
+@pytest.mark.parametrize("size", [1, 9, 32, 64])
 def test_crop(size):
     images = photos()
     view = A.View(size, crop_scale=(0.05, 1.0), flip=0.0)
     boxes = A.draw_parameters(view, 1, 2, IDS, 0, 40, 52).boxes
-    made = A.crop(images, boxes, np.zeros(48, bool), size)
+    boxes[: len(EDGES)] = EDGES
+    made = A.crop(images, boxes, IDS % 2 == 1, size)
     for i, (top, left, height, width) in enumerate(boxes.tolist()):
         expected = TF.resized_crop(
             images[i].float() / 255, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True
         )
+        expected = TF.hflip(expected) if i % 2 else expected
         torch.testing.assert_close(made[i], expected.clamp(0, 1), atol=1e-5, rtol=0)
+    if size == 9:
+        image, box = images[2].float() / 255, (0, 0, 40, 52)
+        aliased = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=False)
+        assert (made[2] - aliased).abs().max() > 0.05  # control: what a crop without antialiasing would differ by
 
 
 @pytest.mark.parametrize(
@@ -108,6 +118,13 @@ def test_blur_and_gray():
     torch.testing.assert_close(A.gray(images), TF.rgb_to_grayscale(images), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
+def test_solarize(threshold):
+    images = photos(8).float() / 255
+    images[0, :, :, :4] = threshold  # the threshold itself is inverted
+    torch.testing.assert_close(A.solarize(images, threshold), TF.solarize(images, threshold), atol=1e-7, rtol=0)
+
+
 def test_blur_kernel_is_23_at_224_pixels():
     impulse = torch.zeros(1, 1, 224, 224)
     impulse[0, 0, 112, 112] = 1
@@ -122,8 +139,9 @@ def test_blur_kernel_is_23_at_224_pixels():
         lambda m: m.setattr(A, "_GRAY", (1 / 3, 1 / 3, 1 / 3)),
         lambda m: m.setattr(A, "_hue", lambda x, t: x),
         lambda m: m.setattr(A, "blur", lambda x, s, size: x),
+        lambda m: m.setattr(A, "solarize", lambda x, threshold: x),
     ],
-    ids=["reverse order", "gray weights", "no hue", "no blur"],
+    ids=["reverse order", "gray weights", "no hue", "no blur", "no solarize"],
 )
 def test_control_a_wrong_operation_is_noticed(monkeypatch, mutation):
     images = photos()
@@ -181,6 +199,24 @@ def test_boxes_are_distributed_as_torchvisions():
     assert stats.ks_2samp(narrower[:, 2] * narrower[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue < 1e-6  # control
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 500), (500, 1), (10, 300), (301, 10)])
+def test_box_where_no_try_fits_is_torchvisions(height, width):
+    view = A.View(32, crop_scale=(0.9, 1.0))  # no box of an allowed ratio has that area
+    boxes = A.draw_parameters(view, 0, 0, IDS, 0, height, width).boxes
+    theirs = RandomResizedCrop.get_params(torch.zeros(3, height, width), [0.9, 1.0], [3 / 4, 4 / 3])
+    assert boxes.tolist() == [list(theirs)] * 48
+
+
+def test_boxes_of_images_of_different_sizes():
+    heights, widths = np.array([30, 400, 1]), np.array([500, 20, 1])
+    view, ids = A.View(32), np.array([5, 6, 7])
+    together = A.draw_parameters(view, 0, 1, ids, 0, heights, widths).boxes
+    alone = [A.draw_parameters(view, 0, 1, ids[i : i + 1], 0, heights[i], widths[i]).boxes[0] for i in range(3)]
+    assert (together == np.stack(alone)).all()
+    assert (together[:, 0] + together[:, 2] <= heights).all()
+    assert (together[:, 1] + together[:, 3] <= widths).all()
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (3, 2)])
 def test_extreme_shapes(height, width):
     views = A.policy("byol", 16)
@@ -207,8 +243,10 @@ def test_frequencies_and_ranges():
         assert stats.kstest(uniform, "uniform").pvalue > 1e-3
     blurred = p.sigmas[p.sigmas > 0]
     assert stats.kstest((blurred - 0.1) / 1.9, "uniform").pvalue > 1e-3
-    orders = {tuple(order) for order in p.orders.tolist()}
+    orders, counts = np.unique(p.orders, axis=0, return_counts=True)
+    assert (np.sort(orders) == np.arange(4)).all()
     assert len(orders) == 24
+    assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_policies_are_the_papers():
@@ -227,9 +265,51 @@ def test_policies_are_the_papers():
         A.policy("mocov2", 224)
 
 
-def test_evaluation_view_of_a_large_image_is_resize_and_centre_crop():
-    image = photos(1, 300, 400)[0].permute(1, 2, 0).numpy()
-    ours = A.eval_image(image, 112).astype(int)
-    resized = TF.resize(torch.from_numpy(image).permute(2, 0, 1), 128, InterpolationMode.BICUBIC, antialias=True)
-    theirs = TF.center_crop(resized, 112).numpy().astype(int)
-    assert np.abs(ours - theirs).mean() < 1.5
+def by_pillow(image, size, margin=256 / 224):
+    """Evaluation preprocessing as users of torchvision write it, on Pillow images."""
+    picture = Image.fromarray(image)
+    if size <= 64:
+        picture = TF.resize(TF.center_crop(picture, min(picture.size)), [size, size], InterpolationMode.BICUBIC)
+    else:
+        picture = TF.center_crop(TF.resize(picture, round(size * margin), InterpolationMode.BICUBIC), size)
+    return np.asarray(picture).transpose(2, 0, 1).astype(int)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 301), (96, 96), (70, 200)])
+@pytest.mark.parametrize("size", [32, 112])
+def test_evaluation_view_is_resize_and_centre_crop(height, width, size):
+    image = photos(1, height, width)[0].permute(1, 2, 0).numpy()
+    image = np.ascontiguousarray(np.pad(image, ((0, height - len(image)), (0, width - image.shape[1]), (0, 0)), "edge"))
+    ours = A.eval_image(image, size).astype(int)
+    assert np.abs(ours - by_pillow(image, size)).max() <= 1  # Pillow rounds to uint8 in other places
+    if size > 64:
+        assert np.abs(ours - by_pillow(image, size, margin=1.0)).max() > 20  # control: no margin around the crop
+
+
+def test_small_images_of_the_right_size_are_left_alone():
+    image = photos(1, 32, 32)[0]
+    assert (A.eval_image(image.permute(1, 2, 0).numpy(), 32) == image.numpy()).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (20_000, 1), (1, 20_000)])
+def test_evaluation_view_of_extreme_shapes(height, width):
+    ramp = np.linspace(0, 255, height * width).astype(np.uint8).reshape(height, width, 1)
+    view = A.eval_image(np.repeat(ramp, 3, 2), 224)
+    assert view.shape == (3, 224, 224)
+    middle = int(ramp[height // 2, width // 2, 0])
+    assert np.abs(view.astype(int) - middle).max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu_as_on_the_cpu_and_without_waiting():
+    images, views = photos(), (*A.policy("byol", 72), ALWAYS)
+    expected, there = A.augment(images, IDS, views, 0, 0), images.cuda()
+    A.augment(there, IDS, views, 0, 0)  # the first call loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = A.augment(there, IDS, views, 0, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, two in zip(made, expected, strict=True):
+        assert (one.cpu() - two).abs().max() < 2e-4
