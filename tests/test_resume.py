@@ -220,3 +220,37 @@ def test_non_finite_loss_stops_before_the_update(monkeypatch, pictures, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["parameters"], strict=True))
     assert checkpoint.load_latest(tmp_path / "run/checkpoints")[0].step == 6
     assert (tmp_path / "run/nonfinite/step-00000008.json").exists()
+
+
+def test_killed_before_the_first_checkpoint_starts_afresh(monkeypatch, pictures, tmp_path, tiny):
+    """SIGKILL leaves lines but no checkpoint; the repeated lines must not stand there twice."""
+    nnclr.pretrain(pictures, tmp_path / "whole", **tiny)
+    update = nnclr.NNCLR.update
+
+    def die(self, out):
+        update(self, out)
+        if int(self.support_set.updates) == 2:
+            raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nnclr.NNCLR, "update", die)
+        with pytest.raises(SystemExit):
+            nnclr.pretrain(pictures, tmp_path / "killed", **tiny)
+    assert not (tmp_path / "killed/checkpoints").exists()
+    assert nnclr.Run(tmp_path / "killed").evaluations
+    nnclr.pretrain(pictures, tmp_path / "killed", **tiny)
+    assert same(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+    steps = [[line["step"] for line in nnclr.Run(tmp_path / name).evaluations] for name in ("whole", "killed")]
+    assert steps[0] == steps[1]
+
+
+def test_a_full_disk_is_code_83(monkeypatch, pictures, tmp_path, tiny):
+    from nnclr.evaluation import result
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(result.os, "write", full)
+    with pytest.raises(nnclr.errors.StorageError, match="No space left on device") as raised:
+        nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    assert raised.value.exit_code == 83

@@ -98,6 +98,11 @@ def _is_up_to(step: int, text: str) -> bool:
     return line.get("step") is None or line["step"] <= step
 
 
+def read_bad_samples(run: Path) -> dict[int, str]:
+    """The images that an earlier part of the run skipped, by id."""
+    return {line["id"]: line["reason"] for line in _read_lines(run / "bad_samples.jsonl")}
+
+
 def write_bad_samples(run: Path, bad: dict[int, str], source: Source) -> None:
     """List the images that were skipped, and why."""
     if bad:

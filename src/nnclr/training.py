@@ -100,8 +100,8 @@ def train(
         restored = restore(run, state, source)
         run_folder.write_record(run, to_toml(config), config.device, source)
         recorder = Recorder(run, config, source, test, state, loader, total, quiet)
-        recorder.start(restored)
         try:
+            recorder.start(restored)
             for batch in loader.batches(state.step, total):
                 rate = learning_rate(
                     state.step,
@@ -132,6 +132,8 @@ def train(
                         "run the same command again to go on"
                     )
             recorder.finish()
+        except OSError as error:  # images that cannot be read never come here
+            raise StorageError(f"{run} cannot be written: {error}; make room and run the same command again") from error
         finally:
             recorder.close()
     return Run(run)
@@ -333,7 +335,8 @@ class Recorder:
                     "warning: the support set is larger than the data, so it holds older embeddings of the very "
                     "same images; own_id_share in metrics.jsonl tells how often those are the neighbours"
                 )
-        run_folder.forget_later_lines(self.run, self.state.step)
+        run_folder.forget_later_lines(self.run, -1 if skipped is None else self.state.step)
+        self.loader.bad.update(run_folder.read_bad_samples(self.run))
         if skipped is None:
             self._evaluate()
             return

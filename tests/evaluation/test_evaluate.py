@@ -91,11 +91,32 @@ def test_missing_labels_and_other_classes_are_named(pictures):
         nnclr.evaluate(encoder, images)
     with pytest.raises(InputError, match="has no labels"):
         nnclr.evaluate(encoder, pictures, images)
-    with pytest.raises(InputError, match="different classes, for example '4'"):
+    with pytest.raises(InputError, match="has classes that array lacks, for example '4'"):
         nnclr.evaluate(encoder, pictures, (images[:8], np.arange(8)))
     with pytest.raises(InputError, match="'knm'; there are knn, linear"):
         nnclr.evaluate(encoder, pictures, protocol="knm")
     assert nnclr.evaluate(encoder, pictures, (images, labels)).n_test == 120
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    """A test folder without some classes, so that its own numbering is another one."""
+    from PIL import Image
+
+    for split, names in (("train", "abc"), ("test", "bc")):
+        for name in names:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                grey = "abc".index(name) * 100 + i
+                Image.fromarray(np.full((16, 16, 3), grey, np.uint8)).save(folder / f"{i}.png")
+    result = nnclr.evaluate(Encoder(nn.Flatten(), 16), str(tmp_path / "train"), str(tmp_path / "test"), k=3)
+    assert result.n_test == 12
+    assert result.value >= 0.5
+    mean = Encoder(Colour(), 16)
+    with torch.no_grad():
+        mean.module.norm.running_mean.fill_(0.0)
+    result = nnclr.evaluate(mean, str(tmp_path / "train"), str(tmp_path / "test"), protocol="linear", epochs=400)
+    assert result.value == 1.0
 
 
 def test_wilson_interval():

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def split(data: Any, test: Any, seed: int) -> tuple[Source, Source]:
     """Images to learn from and images to score.
 
     Raises:
-        InputError: if either has no labels, or the test set has classes the other one lacks.
+        InputError: if either has no labels, or the test set has classes that the other one lacks.
     """
     train = open_source(data)
     scored = open_source(test) if test is not None else test_split(data)
@@ -127,11 +128,14 @@ def split(data: Any, test: Any, seed: int) -> tuple[Source, Source]:
         return train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out]))
     if scored.labels is None:
         raise InputError(f"{scored.name} has no labels, and evaluation needs them")
-    if scored.class_names != train.class_names:
-        ours, theirs = set(train.class_names or ()), set(scored.class_names or ())
-        unknown = sorted(theirs - ours) or sorted(ours - theirs)
-        raise InputError(f"{train.name} and {scored.name} have different classes, for example '{unknown[0]}'")
-    return train, scored
+    number = {name: i for i, name in enumerate(train.class_names or ())}
+    theirs = scored.class_names or ()
+    unknown = [name for name in theirs if name not in number]
+    if unknown:
+        raise InputError(f"{scored.name} has classes that {train.name} lacks, for example '{unknown[0]}'")
+    # Classes are matched by name: a test set may lack some.
+    labels = np.array([number[name] for name in theirs])[scored.labels]
+    return train, replace(scored, labels=labels, class_names=train.class_names)
 
 
 def _features(encoder: Encoder, source: Source, num_workers: int) -> tuple[np.ndarray, np.ndarray]:
