@@ -1,6 +1,7 @@
 """W processes with B / W images each are one process with B images. One fat test a world size: starting is slow."""
 
 import copy
+import multiprocessing
 import os
 
 import numpy as np
@@ -13,6 +14,7 @@ import nnclr
 from nnclr.distributed import gather, rank, world_size
 
 BATCH, DIM = 12, 6
+multiprocessing.set_forkserver_preload(["torch", "timm", "torchvision", "nnclr"])  # import once, not in every process
 
 
 def data(step):
@@ -105,7 +107,7 @@ def worker(number, world, folder):
 def test_ranks_equal_one_process(world, tmp_path):
     losses, gradients, support_set = train(slice(None), lambda tensor: None)
     expected = copy.deepcopy(support_set.state_dict())
-    mp.start_processes(worker, (world, str(tmp_path)), nprocs=world, start_method="spawn")
+    mp.start_processes(worker, (world, str(tmp_path)), nprocs=world, start_method="forkserver")
     reports = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(world)]
     single = {}
     for name, function in (("nnclr", nnclr.nnclr_loss), ("simclr", nnclr.nt_xent_loss)):

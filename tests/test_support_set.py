@@ -111,6 +111,28 @@ def test_non_finite_rows_are_refused_and_counted(value):
     assert (len(made), made.refused.item()) == (3, 8)
 
 
+def test_rows_without_a_direction_are_refused_and_counted():
+    """Zero, and lengths outside float32: they normalise to (almost) zero, which beats any negative similarity."""
+    made = nnclr.SupportSet(6, 2)
+    made.enqueue(torch.tensor([[0.0, 0.0], [1e30, 1e30], [1e-20, 0.0], [-3.0, -4.0], [1e-5, 0.0]]), torch.arange(5))
+    assert made.ids[:3].tolist() == [3, 4, -1]
+    assert made.refused.item() == 3
+    assert made.nearest(torch.tensor([[0.0, 1.0]])).ids.item() == 4
+    made.vectors[2], made.enqueued = torch.zeros(2), torch.tensor(3)  # control
+    assert made.nearest(torch.tensor([[-1.0, 2.0]])).ids.item() == -1
+
+
+def test_of_a_batch_larger_than_the_set_the_newest_accepted_rows_stay():
+    rows = torch.randn(11, 3)
+    rows[[2, 8, 10]] = torch.nan
+    made = nnclr.SupportSet(4, 3)
+    made.enqueue(rows, torch.arange(11))
+    assert sorted(made.ids.tolist()) == [5, 6, 7, 9]
+    assert (made.enqueued.item(), made.refused.item()) == (8, 3)
+    made.enqueue(torch.randn(1, 3), torch.tensor([50]))
+    assert sorted(made.ids.tolist()) == [6, 7, 9, 50]  # the oldest of them went
+
+
 def test_control_one_nan_row_would_be_every_querys_neighbour():
     made = filled()
     made.vectors[7] = torch.nan

@@ -43,6 +43,6 @@ neighbours from the same photograph   {100 * purity[0]:5.1f} % at first, {100 * 
 
 What the look-up returned, early and late: {sheets[0]}
                                            {sheets[-1]}
-Curves: {out / "curves.png"}"""
+Curves: {out / "curves.png"}, all of it on one page: {out / "report.html"}"""
     )
     return run

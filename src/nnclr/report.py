@@ -1,5 +1,7 @@
-"""Pictures of a run: what the look-up returned, and the curves."""
+"""Pictures of a run: what the look-up returned, the curves, and one page with all of it."""
 
+import base64
+import html
 import io
 import json
 from pathlib import Path
@@ -131,6 +133,66 @@ def _plot(panel: Any, title: str, metrics: list[dict[str, Any]], names: dict[str
     panel.set_title(title)
     if panel.lines:
         panel.legend(fontsize=8)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
+body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
+img {{ max-width: 100%; background: white; }}
+table {{ border-collapse: collapse; }} td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; }}
+pre {{ overflow-x: auto; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html`, one file that needs nothing else: results, curves, neighbours, settings, environment.
+
+    Text from the run is escaped, and the page may load nothing and run nothing.
+    """
+    metrics, evaluations = _lines(run / "metrics.jsonl"), _lines(run / "evaluations.jsonl")
+    sheets = sorted((run / "neighbours").glob("step-*.png"))
+    parts = []
+    if evaluations:
+        header = "<tr><th>step<th>protocol<th>value<th>95 % interval<th>learned from<th>scored</tr>"
+        rows = "".join(_evaluation_row(line) for line in evaluations)
+        parts.append(f"<h2>Evaluations</h2><table>{header}{rows}</table>")
+    if (run / "curves.png").exists():
+        parts.append(f"<h2>Curves</h2>{_picture(run / 'curves.png')}")
+    for sheet in dict.fromkeys([*sheets[:1], *sheets[-1:]]):
+        parts.append(f"<h2>What the look-up returned after {int(sheet.stem[5:])} steps</h2>{_picture(sheet)}")
+    if metrics:
+        rows = "".join(f"<tr><td>{html.escape(k)}<td>{v:.5g}</tr>" for k, v in metrics[-1].items())
+        parts.append(f"<h2>Last metrics</h2><table>{rows}</table>")
+    for name in ("config.toml", "environment.json"):
+        parts.append(f"<h2>{name}</h2><pre>{html.escape((run / name).read_text())}</pre>")
+    path = run / "report.html"
+    page = _PAGE.format(title=html.escape(f"nnclr: {run.name}"), body="\n".join(parts))
+    write_atomically(path, page.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def _evaluation_row(line: dict[str, Any]) -> str:
+    low, high = line["interval"]
+    cells = [
+        str(line["step"]),
+        f"{line['protocol']} {json.dumps(line['parameters'])}",
+        f"{100 * line['value']:.1f} % {line['metric']}",
+        f"{100 * low:.1f} to {100 * high:.1f}",
+        f"{line['data']} ({line['n_train']})",
+        f"{line['test']} ({line['n_test']})",
+    ]
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>"
+
+
+def _picture(path: Path) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ class SupportSet(nn.Module):
     _born: Tensor  # (M + 1,) int64, value of `updates` when the slot was written
     enqueued: Tensor  # () int64, rows ever accepted; modulo M it is the next slot to write
     updates: Tensor  # () int64, calls of `enqueue`
-    refused: Tensor  # () int64, non-finite rows that were not let in
+    refused: Tensor  # () int64, rows without a unit vector (NaN, infinite, zero) that were not let in
 
     def __init__(self, size: int, dim: int, block_size: int = 8192) -> None:
         super().__init__()
@@ -150,9 +150,10 @@ class SupportSet(nn.Module):
     def enqueue(self, z: Tensor, ids: Tensor | None = None) -> None:
         """Write a batch over the oldest entries, in row order, wrapping around the end.
 
-        Rows are normalised here, once. A row with a NaN or an infinity is refused and counted in
-        `refused`: as an entry it would be the nearest neighbour of every query. Of a batch larger than the
-        set the newest (last) rows stay.
+        Rows are normalised here, once. A row that has no unit vector is refused and counted in `refused`.
+        With a NaN or an infinity it would be the nearest neighbour of every query; if its length underflows
+        or overflows float32, its similarity 0 would beat every negative one. Of a batch larger than the set
+        the newest (last) rows stay.
 
         Args:
             z: (n, d) embeddings, any float dtype.
@@ -168,7 +169,7 @@ class SupportSet(nn.Module):
         elif ids.shape != (len(z),):
             raise ValueError(f"ids have shape {tuple(ids.shape)} for {len(z)} embeddings")
         z_ND = F.normalize(z.detach().float(), dim=1)
-        accepted = z_ND.isfinite().all(dim=1)
+        accepted = z_ND.norm(dim=1) > 0.5  # unit length but for rounding; false for NaN and for zero
         count = accepted.sum()
         number = accepted.cumsum(0) - 1  # the row is the number-th accepted one of this batch
         written = accepted & (number >= count - self.size)

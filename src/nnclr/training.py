@@ -377,10 +377,11 @@ class Recorder:
         self.window.exclude(time.perf_counter() - began)
 
     def finish(self) -> None:
-        """The last checkpoint and the curves; nothing is lost if this is interrupted and repeated."""
+        """The last checkpoint, the curves and the report; nothing is lost if this is interrupted and repeated."""
         self.save()
         report.draw_curves(self.run)
-        self.reporter.say(f"finished: {self.run}, encoder in {self.run / 'encoder'}")
+        page = report.write_report(self.run)
+        self.reporter.say(f"finished: report in {page}, encoder in {self.run / 'encoder'}")
 
     def close(self) -> None:
         """Give the terminal back."""

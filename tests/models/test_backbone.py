@@ -23,6 +23,16 @@ def test_features_are_one_vector_an_image(name, size, width):
     assert model.training
 
 
+@pytest.mark.parametrize("name", ["torchvision/googlenet", "torchvision/inception_v3"])
+def test_auxiliary_classifiers_are_dropped(name):
+    """With them the network returns a tuple while it trains, though one tensor in evaluation mode."""
+    raw = torchvision.models.get_model(name.partition("/")[2], weights=None, init_weights=False)
+    assert isinstance(raw(torch.zeros(2, 3, 96, 96) if "goog" in name else torch.zeros(2, 3, 299, 299)), tuple)
+    model = create_backbone(name, 96)
+    assert model(torch.randn(2, 3, 96, 96)).shape == (2, feature_dim(model, 96))
+    assert not [key for key in model.state_dict() if key.lower().startswith("aux")]
+
+
 def test_a_bare_resnet_has_torchvisions_keys():
     ours = create_backbone("resnet18", 224).state_dict()
     theirs = torchvision.models.resnet18().state_dict()

@@ -153,6 +153,44 @@ def support_set_not_normalised(monkeypatch):
     monkeypatch.setattr(SupportSet, "enqueue", raw)
 
 
+def both_views_enqueued(monkeypatch):
+    def update(self, out):
+        self.support_set.enqueue(torch.cat(out.embeddings), torch.cat([out.ids, out.ids]))
+
+    monkeypatch.setattr(nnclr.NNCLR, "update", update)
+
+
+def predictor_left_out(monkeypatch):
+    forward = nnclr.NNCLR.forward
+
+    def short(self, *args, **kwargs):
+        self.predictor = nn.Identity()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(nnclr.NNCLR, "forward", short)
+
+
+def predictor_takes_normalised_embeddings(monkeypatch):
+    forward = nnclr.NNCLR.forward
+
+    def normalised(self, *args, **kwargs):
+        hook = self.predictor.register_forward_pre_hook(lambda _, z: nn.functional.normalize(z[0], dim=1))
+        out = forward(self, *args, **kwargs)
+        hook.remove()
+        return out
+
+    monkeypatch.setattr(nnclr.NNCLR, "forward", normalised)
+
+
+def another_query(monkeypatch):
+    nearest = SupportSet.nearest
+
+    def flipped(self, z, k=1, exclude_ids=None):
+        return nearest(self, z.flip(1), k, exclude_ids)
+
+    monkeypatch.setattr(SupportSet, "nearest", flipped)
+
+
 def another_temperature(monkeypatch):
     original = module.nnclr_loss
     monkeypatch.setattr(module, "nnclr_loss", lambda a, p, t: original(a, p, 0.101))
@@ -169,6 +207,10 @@ def another_temperature(monkeypatch):
         predictions_not_normalised,
         view_2_enqueued,
         support_set_not_normalised,
+        both_views_enqueued,
+        predictor_left_out,
+        predictor_takes_normalised_embeddings,
+        another_query,
         another_temperature,
     ],
     ids=lambda f: f.__name__,
@@ -234,6 +276,22 @@ def test_gradient_reaches_all_of_the_heads_and_nothing_else():
     assert not any(t.requires_grad for t in (*out.embeddings, *out.neighbours[0], made.support_set.vectors))
 
 
+def test_the_encoder_learns_only_through_the_predictions():
+    """Cut behind the projector and nothing is left, although neighbours are found with the embeddings."""
+
+    class Cut(nn.Linear):
+        def forward(self, z):
+            return super().forward(z.detach())
+
+    for predictor, share in ((Cut(DIM, DIM), False), (nn.Linear(DIM, DIM), True)):  # the second is the control
+        made = objective()
+        made.predictor = predictor
+        made.support_set.enqueue(torch.randn(20, DIM), torch.arange(20))
+        made([torch.randn(BATCH, DIM), torch.randn(BATCH, DIM)]).loss.backward()
+        assert (made.projector.weight.grad is not None) == share
+        assert made.predictor.weight.grad.abs().max() > 0
+
+
 def test_forward_never_writes_the_support_set():
     made = objective()
     made.support_set.enqueue(torch.randn(20, DIM), torch.arange(20))
@@ -262,3 +320,11 @@ def test_metrics_against_values_made_by_hand():
     without = made([view1, view2])
     assert "own_id_share" not in without.metrics
     assert "distinct_neighbours" not in without.metrics
+
+
+def test_neighbour_metrics_are_nan_while_the_support_set_is_empty():
+    out = objective()([torch.randn(BATCH, DIM), torch.randn(BATCH, DIM)], ids=torch.arange(BATCH))
+    unknown = {name for name, value in out.metrics.items() if value.isnan()}
+    assert unknown == {"neighbour_similarity", "neighbour_age", "own_id_share", "distinct_neighbours"}
+    assert out.metrics["support_set_fill"].item() == 0
+    assert out.loss.isfinite()

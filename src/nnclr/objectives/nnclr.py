@@ -168,7 +168,8 @@ def neighbour_metrics(nn1: Neighbours, nn2: Neighbours, ids: Tensor | None) -> d
     }
     if ids is not None:
         metrics["own_id_share"] = mean(nn1.ids == ids[:, None], nn2.ids == ids[:, None])
-        metrics["distinct_neighbours"] = 0.5 * (_distinct(nn1) + _distinct(nn2))
+        distinct = 0.5 * (_distinct(nn1) + _distinct(nn2))
+        metrics["distinct_neighbours"] = torch.where(found.any(), distinct, torch.nan)
     return metrics
 
 
