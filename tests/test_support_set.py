@@ -119,7 +119,7 @@ def test_rows_without_a_direction_are_refused_and_counted():
     assert made.refused.item() == 3
     assert made.nearest(torch.tensor([[0.0, 1.0]])).ids.item() == 4
     made.vectors[2], made.enqueued = torch.zeros(2), torch.tensor(3)  # control
-    assert made.nearest(torch.tensor([[-1.0, 2.0]])).ids.item() == -1
+    assert made.nearest(torch.tensor([[-1.0, 2.0]])).similarities.item() == 0
 
 
 def test_of_a_batch_larger_than_the_set_the_newest_accepted_rows_stay():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -29,9 +29,9 @@ class Demo:
 class Evaluate:
     """Measure an encoder on labelled images and print one result record."""
 
-    encoder: tyro.conf.Positional[str]
+    encoder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_OR_ENCODER")]]
     """Run folder, or encoder folder."""
-    data: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """Labelled images that the protocol may learn from."""
     test: str | None = None
     """Labelled images to be scored; else the data's own test split, else a tenth of the data."""

@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 
@@ -29,7 +29,7 @@ RESUME_MAY_CHANGE = frozenset(
 class Config:
     """Everything a pre-training run depends on; `check` says in words what is wrong with it."""
 
-    data: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """Images: a folder at any depth, FILE.parquet[?split=train&label=COLUMN], torchvision:NAME, or demo-photos."""
     out: str
     """Run folder; a run that is already there is resumed."""

@@ -309,7 +309,9 @@ class Recorder:
         self.total = total
         self.plan = make_plan(config, len(source))
         self.reporter = Reporter(total, quiet)
-        self.knn = OnlineKNN.create(source, test, config.knn_k, config.knn_temperature, config.seed)
+        self.knn = OnlineKNN.create(
+            source, test, config.knn_k, config.knn_temperature, config.seed, config.num_workers or 0
+        )
         self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(config.device)
         self.monitor = health.CollapseMonitor()
         self.monitor.load_state_dict(state.notes.get("collapse", {}))

@@ -23,9 +23,12 @@ class OnlineKNN:
     k: int
     temperature: float
     seed: int
+    num_workers: int
 
     @classmethod
-    def create(cls, source: Source, test: Source | None, k: int, temperature: float, seed: int) -> Self | None:
+    def create(
+        cls, source: Source, test: Source | None, k: int, temperature: float, seed: int, num_workers: int
+    ) -> Self | None:
         """Queries come from the test images, or from a tenth of the source where there are none.
 
         Returns:
@@ -34,11 +37,19 @@ class OnlineKNN:
         if source.labels is None or (test is not None and test.labels is None):
             return None
         bank, queries = split(source, test, seed)
-        return cls(_sample(bank, _BANK, seed), _sample(queries, _QUERIES, seed), k, temperature, seed)
+        return cls(_sample(bank, _BANK, seed), _sample(queries, _QUERIES, seed), k, temperature, seed, num_workers)
 
     def measure(self, encoder: Encoder) -> Result:
         """kNN accuracy of the encoder as it is now."""
-        return evaluate(encoder, self.bank, self.queries, k=self.k, temperature=self.temperature, seed=self.seed)
+        return evaluate(
+            encoder,
+            self.bank,
+            self.queries,
+            k=self.k,
+            temperature=self.temperature,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
 
 
 def _sample(source: Source, most: int, seed: int) -> Source:

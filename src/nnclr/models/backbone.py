@@ -139,7 +139,7 @@ def _timm(name: str, image_size: int) -> nn.Module:
 def _without_classifier(model: nn.Module, name: str) -> nn.Module:
     """Replace the last linear layer of a torchvision classifier by the identity; drop auxiliary classifiers."""
     if hasattr(model, "aux_logits"):  # GoogLeNet and Inception return a tuple while they train
-        model.aux_logits = False
+        model.aux_logits = False  # type: ignore[assignment]
         for auxiliary in ("aux1", "aux2", "AuxLogits"):
             setattr(model, auxiliary, None)
     for attribute in ("fc", "classifier", "head", "heads"):
