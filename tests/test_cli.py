@@ -100,7 +100,8 @@ def test_whole_way_of_a_user(capsys, tmp_path, photos):
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.toml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "encoder"}
     assert sorted(path.name for path in (run / "neighbours").iterdir()) == ["step-00000002.png", "step-00000004.png"]
-    assert Image.open(run / "neighbours/step-00000004.png").size[0] > 400
+    with Image.open(run / "neighbours/step-00000004.png") as sheet:
+        assert sheet.width > 400
 
     assert cli.main(command) == 0
     assert "it is finished" in capsys.readouterr().out

@@ -78,6 +78,9 @@ def test_excluded_ids_are_no_candidates():
     found = made.nearest(z, k=19, exclude_ids=torch.arange(20))
     assert not (found.ids == torch.arange(20)[:, None]).any()
     assert found.similarities.isfinite().all()
+    made.ids[:5] = -1  # unknown images are no image in particular
+    assert made.nearest(z[:5], exclude_ids=torch.full((5,), -1)).similarities.min() > 0.999
+    made.ids[:5] = torch.arange(5)
     none_left = made.nearest(z, k=20, exclude_ids=torch.arange(20))
     assert (none_left.ids[:, -1] == -1).all()
 

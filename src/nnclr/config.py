@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -102,8 +102,9 @@ class Config:
         Raises:
             InputError: naming the first field whose value cannot be used, and what it may be.
         """
+        hints = get_type_hints(Config)
         for field in dataclasses.fields(self):
-            choices = getattr(field.type, "__args__", ()) if _is_literal(field.type) else ()
+            choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
             value = getattr(self, field.name)
             if choices and value not in choices:
                 raise InputError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
@@ -140,29 +141,24 @@ _LOWEST: dict[str, tuple[float, bool]] = {
 }
 
 
-def _is_literal(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is Literal
-
-
 def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Check names and types; whole numbers are accepted where a float is meant.
 
     Raises:
         InputError: for an unknown name (with the nearest good one) or a value of another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    hints = get_type_hints(Config)
     typed = {}
     for name, value in values.items():
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{where}: no setting is called '{name}'{hint}")
-        text = str(fields[name].type)
-        if "float" in text and isinstance(value, int) and not isinstance(value, bool):
+        allowed = {str} if get_origin(hints[name]) is Literal else set(get_args(hints[name]) or (hints[name],))
+        if float in allowed and type(value) is int:
             value = float(value)
-        expected = float if "float" in text else int if "int" in text else str
-        optional = "None" in text
-        if not (isinstance(value, expected) and not isinstance(value, bool)) and not (optional and value is None):
+        if type(value) not in allowed:
+            expected = next(kind for kind in allowed if kind in _NAMES)
             raise InputError(f"{where}: {name}={value!r} must be {_NAMES[expected]}")
         typed[name] = value
     return typed

@@ -101,11 +101,11 @@ class SupportSet(nn.Module):
         Args:
             z: (n, d) queries, any float dtype, need not be normalised.
             k: neighbours a query.
-            exclude_ids: (n,) int64; entries with this id are no candidates for the query of that row.
+            exclude_ids: (n,) int64; entries with this id are no candidates for the query of that row; -1 excludes none.
 
         Returns:
             Neighbours with fields (n, k, d), (n, k), (n, k), (n, k); no gradient reaches any of them.
-            Of equal similarities the lowest slot wins.
+            Of equal computed similarities the lowest slot wins.
 
         Raises:
             ValueError: if z is not (n, d), or k is not in 1..size.
@@ -139,7 +139,8 @@ class SupportSet(nn.Module):
         unfilled = torch.where(slots < self.enqueued, 0.0, -torch.inf)
         scores = torch.addmm(unfilled, z_ND, self.vectors[start:stop].T)
         if exclude_ids is not None:
-            scores.masked_fill_(self.ids[start:stop] == exclude_ids[:, None], -torch.inf)
+            same = (self.ids[start:stop] == exclude_ids[:, None]) & (exclude_ids[:, None] != NO_ID)
+            scores.masked_fill_(same, -torch.inf)
         if k == 1:
             best, index = scores.max(dim=1, keepdim=True)
         else:

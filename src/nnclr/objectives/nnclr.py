@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnclr.distributed import gather, rank, world_size
 from nnclr.models.heads import PredictionHead, ProjectionHead
-from nnclr.support_set import Neighbours, SupportSet
+from nnclr.support_set import NO_ID, Neighbours, SupportSet
 
 
 @dataclass
@@ -167,7 +167,8 @@ def neighbour_metrics(nn1: Neighbours, nn2: Neighbours, ids: Tensor | None) -> d
         "neighbour_age": mean(nn1.ages, nn2.ages),
     }
     if ids is not None:
-        metrics["own_id_share"] = mean(nn1.ids == ids[:, None], nn2.ids == ids[:, None])
+        own = torch.where(ids == NO_ID, NO_ID - 1, ids)[:, None]  # an unknown image is not its own neighbour
+        metrics["own_id_share"] = mean(nn1.ids == own, nn2.ids == own)
         distinct = 0.5 * (_distinct(nn1) + _distinct(nn2))
         metrics["distinct_neighbours"] = torch.where(found.any(), distinct, torch.nan)
     return metrics
