@@ -131,6 +131,19 @@ def test_whole_way_of_a_user(capsys, tmp_path, photos):
     assert "holds no encoder" in capsys.readouterr().err
 
 
+def test_nothing_is_left_out_in_silence(capsys, tmp_path, photos):
+    whole = (photos / "cats/4.png").read_bytes()
+    (photos / "cats/4.png").write_bytes(whole[: len(whole) // 2])
+    os.mkfifo(photos / "dogs/pipe.png")
+    assert cli.main(["pretrain", str(photos), "--out", str(tmp_path / "run"), *FLAGS]) == 0
+    said = capsys.readouterr().out
+    assert "40 images, 2 classes (only to measure), 1 x not a regular file left out" in said
+    assert "1 images cannot be read and were skipped" in said
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert [(line["image"], line["reason"][:9]) for line in listed] == [("cats/4.png", "truncated")]
+    assert nnclr.Run(tmp_path / "run").metrics[-1]["bad_images"] == 1
+
+
 def test_unlabelled_pictures_have_no_purity(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
     run = nnclr.pretrain(

@@ -321,7 +321,8 @@ class Recorder:
         """Say what is about to happen; evaluate the untrained network of a fresh run."""
         config, source, say = self.config, self.source, self.reporter.say
         classes = "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
-        say(f"{source.name}: {len(source)} images{classes}")
+        left_out = "".join(f", {count} x {reason} left out" for reason, count in source.skipped.items())
+        say(f"{source.name}: {len(source)} images{classes}{left_out}")
         heads = sum(p.numel() for p in self.state.objective.parameters())
         size = sum(p.numel() for p in self.state.backbone.parameters())
         say(
@@ -383,6 +384,9 @@ class Recorder:
         self.save()
         report.draw_curves(self.run)
         page = report.write_report(self.run)
+        if self.loader.bad:
+            listed = self.run / "bad_samples.jsonl"
+            self.reporter.say(f"warning: {len(self.loader.bad)} images cannot be read and were skipped: {listed}")
         self.reporter.say(f"finished: report in {page}, encoder in {self.run / 'encoder'}")
 
     def close(self) -> None:
