@@ -44,9 +44,11 @@ def imports(path, text, everywhere=False):
 
 
 def cycle(sources):
-    """A module that reaches itself through imports at the top of files, or None."""
+    """A module that reaches itself through imports, also those inside functions, or None."""
     names = {module_name(path): path for path in sources}
-    graph = {name: imports(path, sources[path]) & names.keys() - {"nnclr"} for name, path in names.items()}
+    graph = {
+        name: imports(path, sources[path], everywhere=True) & names.keys() - {"nnclr"} for name, path in names.items()
+    }
     for start in graph:
         seen, waiting = set(), list(graph[start])
         while waiting:

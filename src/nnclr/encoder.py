@@ -22,7 +22,8 @@ from torch import nn
 from nnclr.checkpoint import write_atomically
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_image, normalize
 from nnclr.data.decode import BadImage
-from nnclr.data.source import Source, open_source
+from nnclr.data.images import Source
+from nnclr.data.source import open_source
 from nnclr.errors import InputError
 from nnclr.models.backbone import SMALL_IMAGE, create_backbone, feature_dim, timm_name
 

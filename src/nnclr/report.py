@@ -15,7 +15,7 @@ from nnclr.checkpoint import write_atomically
 from nnclr.data import counter
 from nnclr.data.augment import eval_image
 from nnclr.data.decode import BadImage
-from nnclr.data.source import Source
+from nnclr.data.images import Source
 from nnclr.encoder import Encoder
 from nnclr.objectives import NNCLR
 

@@ -14,7 +14,7 @@ import torch
 
 import nnclr
 from nnclr.checkpoint import write_atomically
-from nnclr.data.source import Source
+from nnclr.data.images import Source
 from nnclr.errors import InputError
 
 

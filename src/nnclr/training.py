@@ -17,8 +17,9 @@ from nnclr import checkpoint, health, report, run_folder
 from nnclr.checkpoint import TrainState, write_atomically
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
 from nnclr.data.augment import policy
+from nnclr.data.images import Source
 from nnclr.data.loader import Batch, Loader, Plan, create_loader
-from nnclr.data.source import Source, open_source, test_split
+from nnclr.data.source import open_source, test_split
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError, NonFiniteError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN

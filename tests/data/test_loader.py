@@ -5,8 +5,9 @@ from PIL import Image
 
 from nnclr.data.augment import policy
 from nnclr.data.decode import BadImage
+from nnclr.data.images import Source, array_source
 from nnclr.data.loader import Plan, ResidentLoader, StreamLoader, create_loader
-from nnclr.data.source import Source, array_source, open_source
+from nnclr.data.source import open_source
 from nnclr.errors import DataError
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from PIL import Image
 
 from nnclr.data import named
 from nnclr.data.decode import BadImage
-from nnclr.data.source import open_source, printable, test_split
+from nnclr.data.images import printable
+from nnclr.data.source import open_source, test_split
 from nnclr.errors import InputError
 from tests.data.test_decode import encoded
 

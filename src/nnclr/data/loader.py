@@ -19,7 +19,7 @@ from torch import Tensor
 from nnclr.data import counter
 from nnclr.data.augment import Parameters, View, augment, crop_image, draw_parameters, finish
 from nnclr.data.decode import BadImage
-from nnclr.data.source import Source
+from nnclr.data.images import Source
 from nnclr.errors import DataError
 
 MOST_BAD = 0.001  # share of unreadable images above which a run stops, but never for 10 or fewer

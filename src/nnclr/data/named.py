@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnclr.data.source import Source, array_source
+from nnclr.data.images import Source, array_source
 from nnclr.errors import InputError
 
 INSTALLED = Path("/usr/share/datasets")  # where Debian's dataset-* packages put their files

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nnclr.data.decode import BadImage, decode
-from nnclr.data.source import Source, printable
+from nnclr.data.images import Source, printable
 from nnclr.errors import InputError
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from nnclr.data import counter
 from nnclr.data.decode import decode, read_file
-from nnclr.data.source import Source, array_source
+from nnclr.data.images import Source, array_source
 from nnclr.errors import InputError
 
 PHOTOS = (

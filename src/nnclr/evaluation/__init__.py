@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from nnclr.data import counter
-from nnclr.data.source import Source, open_source, test_split
+from nnclr.data.images import Source
+from nnclr.data.source import open_source, test_split
 from nnclr.encoder import Encoder
 from nnclr.errors import DataError, InputError
 from nnclr.evaluation.knn import knn_accuracy

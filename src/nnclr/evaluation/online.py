@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 
 from nnclr.data import counter
-from nnclr.data.source import Source
+from nnclr.data.images import Source
 from nnclr.encoder import Encoder
 from nnclr.evaluation import evaluate, split
 from nnclr.evaluation.result import Result

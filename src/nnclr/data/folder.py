@@ -1,0 +1,128 @@
+"""Images in folders: an untrusted tree of files, in a fixed order."""
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nnclr.data.decode import decode, read_file
+from nnclr.data.images import Source, printable
+from nnclr.errors import InputError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+
+@dataclass
+class _Scan:
+    """What was found below one root."""
+
+    root: Path
+    images: list[tuple[bytes, int]] = field(default_factory=list)  # relative path, bytes in the file
+    others: Counter[str] = field(default_factory=Counter)  # extension -> files that are no images
+    skipped: Counter[str] = field(default_factory=Counter)  # reason -> files
+
+
+def folder_source(roots: Sequence[Path]) -> Source:
+    """All images below some folders, sorted by relative path.
+
+    Labels are the first-level folder names when every image lies in such a folder, and absent otherwise.
+    Hidden files are left out; links are followed once, and not out of their root.
+
+    Raises:
+        InputError: if a folder does not exist or no image is found; the message says what is there instead.
+    """
+    scans = []
+    for root in roots:
+        if not root.exists():
+            raise InputError(f"{printable(os.fsencode(root))} does not exist")
+        if not root.is_dir():
+            raise InputError(f"{printable(os.fsencode(root))} is a file, not a folder of images")
+        scans.append(_scan(root))
+    name = ", ".join(printable(os.fsencode(root)) for root in roots)
+    files = [(scan.root, path, size) for scan in scans for path, size in sorted(scan.images)]
+    skipped: Counter[str] = sum((scan.skipped for scan in scans), Counter())
+    if not files:
+        raise InputError(_nothing_found(name, sum((scan.others for scan in scans), Counter()), skipped))
+    prefix = [b"" if len(scans) == 1 else b"%d/" % number for number in range(len(scans))]
+    paths = [prefix[number] + path for number, scan in enumerate(scans) for path, _ in sorted(scan.images)]
+    labels, class_names = _folder_labels([path for _, path, _ in files])
+    digest = hashlib.sha256()
+    for path, (_, _, size) in zip(paths, files, strict=True):
+        digest.update(path + b"\0" + str(size).encode() + b"\n")
+
+    def fetch(i: int) -> np.ndarray:
+        root, path, _ = files[i]
+        return decode(read_file(os.path.join(os.fsencode(root), path)))
+
+    def title(i: int) -> str:
+        return printable(paths[i])
+
+    return Source(name, len(files), fetch, title, digest.hexdigest(), labels, class_names, dict(skipped))
+
+
+def _scan(root: Path) -> _Scan:
+    scan = _Scan(root)
+    real_root = os.path.realpath(os.fsencode(root))
+    visited: set[tuple[int, int]] = set()  # folders, so that a loop of links ends
+    waiting = [b""]
+    while waiting:
+        relative = waiting.pop()
+        folder = os.path.join(os.fsencode(root), relative)
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            scan.skipped["unreadable folder"] += 1
+            continue
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            if not entry.name.startswith(b"."):
+                _take(scan, entry, os.path.join(relative, entry.name), real_root, waiting)
+    return scan
+
+
+def _take(scan: _Scan, entry: "os.DirEntry[bytes]", relative: bytes, real_root: bytes, waiting: list[bytes]) -> None:
+    """Sort one entry into images, folders to visit, and the rest."""
+    try:
+        status = entry.stat()
+        if entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            if os.path.commonpath([real_root, target]) != real_root:
+                scan.skipped["link out of the folder"] += 1
+                return
+    except OSError:
+        scan.skipped["dangling link"] += 1
+        return
+    if stat.S_ISDIR(status.st_mode):
+        waiting.append(relative)
+        return
+    extension = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()
+    if extension not in EXTENSIONS:
+        scan.others[extension or "without extension"] += 1
+    elif not stat.S_ISREG(status.st_mode):
+        scan.skipped["not a regular file"] += 1
+    else:
+        scan.images.append((relative, status.st_size))
+
+
+def _folder_labels(paths: list[bytes]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    if not all(b"/" in path for path in paths):
+        return None, None
+    folders = [path.split(b"/", 1)[0] for path in paths]
+    names = sorted(set(folders))
+    number = {name: i for i, name in enumerate(names)}
+    return np.array([number[folder] for folder in folders]), tuple(printable(name) for name in names)
+
+
+def _nothing_found(name: str, others: Counter[str], skipped: Counter[str]) -> str:
+    found = [f"{count} {extension}" for extension, count in others.most_common(4)]
+    found += [f"{count} x {reason}" for reason, count in skipped.most_common(2)]
+    there = f"it holds {', '.join(found)}" if found else "it is empty"
+    return f"no images found in {name}: {there}; accepted are {' '.join(sorted(EXTENSIONS))}"

@@ -1,0 +1,117 @@
+"""What a source of images is, and the simplest one: images that are already in memory.
+
+An image's id is its index in the source; the order is fixed by names, never by the file system.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnclr.errors import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """n images, with labels for all of them or for none.
+
+    Args:
+        name: for people.
+        length: n.
+        fetch: index -> (h, w, 3) uint8; raises `BadImage`.
+        title: index -> name of an image, printable everywhere.
+        fingerprint: SHA-256 over what identifies the images and labels, hex; it does not depend on where
+            they are stored.
+        labels: (n,) int64 class indices, or None.
+        class_names: name of each class, or None.
+        skipped: reason -> files that were not taken.
+    """
+
+    name: str
+    length: int
+    fetch: Callable[[int], np.ndarray]
+    title: Callable[[int], str]
+    fingerprint: str
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, i: int) -> np.ndarray:
+        """Image i as (h, w, 3) uint8 RGB.
+
+        Raises:
+            BadImage: if it cannot be used.
+        """
+        return self.fetch(i)
+
+    def describe(self, i: int) -> str:
+        """Path or name of image i, with everything escaped that could harm a terminal."""
+        return self.title(i)
+
+    def subset(self, indices: np.ndarray) -> "Source":
+        """The images with these indices, in this order, as a source of its own."""
+        chosen = np.asarray(indices, np.int64)
+        digest = hashlib.sha256(self.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest()
+        return Source(
+            self.name,
+            len(chosen),
+            lambda i: self.fetch(int(chosen[i])),
+            lambda i: self.title(int(chosen[i])),
+            digest,
+            None if self.labels is None else self.labels[chosen],
+            self.class_names,
+        )
+
+
+def array_source(
+    images: np.ndarray | torch.Tensor,
+    labels: Any,
+    name: str = "array",
+    class_names: Sequence[str] | None = None,
+) -> Source:
+    """Images that are already in memory.
+
+    Args:
+        images: uint8 (n, h, w), (n, h, w, 1), (n, h, w, 3) or (n, 3, h, w).
+        labels: (n,) whole numbers from 0, or None.
+        name: for people.
+        class_names: one for each label; default their numbers.
+
+    Raises:
+        InputError: for another dtype or shape, or labels that do not fit.
+    """
+    pixels = images.cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if pixels.dtype != np.uint8:
+        raise InputError(f"images must be uint8 from 0 to 255, these are {pixels.dtype}")
+    if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] not in (1, 3):
+        pixels = pixels.transpose(0, 2, 3, 1)
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or 0 in pixels.shape:
+        raise InputError(f"images of shape {tuple(images.shape)} are not (n, h, w), (n, h, w, 3) or (n, 3, h, w)")
+    checked, names = None, None
+    if labels is not None:
+        checked = np.asarray(labels)
+        if checked.shape != (len(pixels),) or not np.issubdtype(checked.dtype, np.integer) or checked.min() < 0:
+            raise InputError(f"labels must be {len(pixels)} whole numbers from 0, one an image")
+        checked = checked.astype(np.int64)
+        names = tuple(class_names or (str(i) for i in range(int(checked.max()) + 1)))
+    digest = hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes())
+    digest.update(b"" if checked is None else checked.tobytes())
+
+    def fetch(i: int) -> np.ndarray:
+        return np.array(np.broadcast_to(pixels[i], (*pixels.shape[1:3], 3)))  # a copy that may be written
+
+    return Source(name, len(pixels), fetch, lambda i: f"{name}#{i}", digest.hexdigest(), checked, names)
+
+
+def printable(name: bytes) -> str:
+    """A file name as text for people: control characters and bytes that are no UTF-8 appear escaped."""
+    text = name.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
