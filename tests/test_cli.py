@@ -80,6 +80,11 @@ def test_unwritable_out_is_code_2(capsys, tmp_path, photos):
     fails(capsys, tmp_path, 2, "is not empty and holds no run", "pretrain", photos, "--out", photos, *FLAGS)
 
 
+def test_torchrun_is_refused_until_the_loop_knows_it(capsys, monkeypatch, tmp_path, photos):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(capsys, tmp_path, 2, "trains in one process", "pretrain", photos, "--out", tmp_path / "run", *FLAGS)
+
+
 def test_unknown_command_and_flag(capsys, tmp_path):
     fails(capsys, tmp_path, 2, "'trian' is no command; there are demo, pretrain", "trian")
     with pytest.raises(SystemExit) as stopped:

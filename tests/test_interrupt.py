@@ -1,0 +1,52 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from nnclr.interrupt import StopRequest
+
+TWICE = """
+import os, signal
+from nnclr.interrupt import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.{first})
+    print("asked", stop.asked, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("asked", stop.asked, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("first", "code"), [("SIGINT", 130), ("SIGTERM", 0)])
+def test_second_ctrl_c_ends_at_once(first, code):
+    answer = subprocess.run(
+        [sys.executable, "-c", TWICE.format(first=first)], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == code
+    assert answer.stdout.startswith(f"asked {first}\n")
+    assert ("asked SIGINT\n" in answer.stdout.removeprefix("asked SIGINT\n")) == (code == 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.asked is None
+        os.kill(os.getpid(), number)
+        assert stop.asked == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    seen = []
+
+    def enter():
+        with StopRequest() as stop:
+            seen.append(stop.asked)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [None]
