@@ -56,10 +56,9 @@ def main():
         rows.append(row("untrained", seed, measure(untrained.embed), 0.0))
         for objective in ("simclr", "nnclr"):
             out = Path("runs/learning") / f"{options.name}-{objective}-{seed}"
-            began = time.perf_counter()
             run = nnclr.pretrain(data, out, objective=objective, **fields)
-            seconds = time.perf_counter() - began
-            rows.append(row(objective, seed, measure(Encoder.from_pretrained(run.path).embed), seconds))
+            values = measure(Encoder.from_pretrained(run.path).embed)
+            rows.append(row(objective, seed, values, training_seconds(run.path)))
             save(options.name, rows, len(measure.train))
     render()
 
@@ -68,6 +67,13 @@ def row(method, seed, values, seconds):
     made = {"method": method, "seed": seed, "values": values, "train_seconds": round(seconds)}
     print(json.dumps(made), flush=True)
     return made
+
+
+def training_seconds(run):
+    """Seconds in training steps, summed from the run's log, so that a resumed run counts in full."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    images = np.diff([0, *(line["images"] for line in lines)])
+    return float(sum(images / [line["images_per_second"] for line in lines]))
 
 
 class Labelled:
