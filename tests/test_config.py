@@ -52,7 +52,7 @@ def test_a_preset_may_be_a_file_of_ones_own(tmp_path):
         ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
         ({"batch_size": True}, "batch_size=True must be a whole number"),
         ({"batch_size": "64"}, "batch_size='64' must be a whole number"),
-        ({"objective": "nnclrr"}, "objective='nnclrr' is not one of nnclr, simclr"),
+        ({"objective": "nnclrr"}, "no objective is called 'nnclrr'; did you mean nnclr\\?"),
         ({"backbone": 18}, "backbone=18 must be text"),
         ({"momentum": 1.0}, "momentum=1.0 must be below 1"),
         ({"crop_min_scale": 1.5}, "at most 1"),

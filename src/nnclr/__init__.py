@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from nnclr.encoder import Encoder
     from nnclr.evaluation import evaluate
     from nnclr.models.heads import PredictionHead, ProjectionHead
-    from nnclr.objectives.nnclr import NNCLR, Output, nnclr_loss
+    from nnclr.objectives.nnclr import NNCLR, nnclr_loss
+    from nnclr.objectives.objective import Objective, Output
     from nnclr.objectives.simclr import SimCLR, nt_xent_loss
     from nnclr.optim import LARS
     from nnclr.run_folder import Run
@@ -24,7 +25,8 @@ _HOME = {
     "LARS": "nnclr.optim",
     "NNCLR": "nnclr.objectives.nnclr",
     "Neighbours": "nnclr.support_set",
-    "Output": "nnclr.objectives.nnclr",
+    "Objective": "nnclr.objectives.objective",
+    "Output": "nnclr.objectives.objective",
     "PredictionHead": "nnclr.models.heads",
     "ProjectionHead": "nnclr.models.heads",
     "Run": "nnclr.run_folder",
@@ -41,6 +43,7 @@ __all__ = [
     "NNCLR",
     "Encoder",
     "Neighbours",
+    "Objective",
     "Output",
     "PredictionHead",
     "ProjectionHead",

@@ -40,6 +40,7 @@ class TrainState:
     backbone: nn.Module
     objective: Objective  # heads and support set
     optimizer: torch.optim.Optimizer
+    average: nn.Module | None = None  # the averaged backbone of objectives with a momentum
     step: int = 0  # optimiser steps taken; order, augmentation and schedule are functions of it
     notes: dict[str, Any] = field(default_factory=dict)  # small JSON values: alarms, seconds trained
 
@@ -48,6 +49,7 @@ class TrainState:
         state = {
             **{f"backbone.{name}": value for name, value in self.backbone.state_dict().items()},
             **{f"objective.{name}": value for name, value in self.objective.state_dict().items()},
+            **{f"average.{name}": value for name, value in self._average_state().items()},
             **{f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()},
             "rng.cpu": torch.get_rng_state(),
         }
@@ -64,6 +66,8 @@ class TrainState:
         try:
             self.backbone.load_state_dict(_below("backbone.", tensors))
             self.objective.load_state_dict(_below("objective.", tensors))
+            if self.average is not None:
+                self.average.load_state_dict(_below("average.", tensors))
             saved: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self._parameters()))}
             for name, value in _below("optimizer.", tensors).items():
                 index, key = name.split(".", 1)
@@ -77,6 +81,9 @@ class TrainState:
             raise NoCheckpointError(f"the checkpoint does not fit the model: {error}") from error
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+    def _average_state(self) -> dict[str, Tensor]:
+        return {} if self.average is None else self.average.state_dict()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -102,16 +102,17 @@ def pretrain(arguments: list[str]) -> None:
     defaults: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING}
     if preset is not None:
         defaults |= load_preset(preset)
+    default = Config(**defaults)
     config = tyro.cli(
         Config,
-        default=Config(**defaults),
+        default=default,
         args=arguments,
         prog="nnclr pretrain",
         description="Train a backbone without labels; run the same command again to resume.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    run_pretrain(**values)
+    run_pretrain(**{name: value for name, value in values.items() if value != getattr(default, name)})
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type
 import tyro
 
 from nnclr.errors import InputError
+from nnclr.objectives import OBJECTIVES, Objective, find_objective
 
 # Fields that may differ when a run is resumed: they change where things are, what is looked at and how
 # often, but no bit of the weights. The images themselves are compared by fingerprint instead of by name.
@@ -37,8 +38,8 @@ class Config:
     """Recipe to start from; every flag given beside it wins over it."""
     test_data: str | None = None
     """Labelled images for the online kNN; else the data's own test split, else a hold-out of the data."""
-    objective: Literal["nnclr", "simclr"] = "nnclr"
-    """Training objective."""
+    objective: str = "nnclr"
+    """Training objective: nnclr, simclr, or MODULE:CLASS for one of your own."""
     backbone: str = "resnet50"
     """Any timm or torchvision architecture (resnet18, timm/vit_small_patch16_224, ...) or small-convnet."""
     image_size: int = 224
@@ -49,12 +50,34 @@ class Config:
     """Epochs added to a run; the cosine is laid anew over the whole, so the learning rate rises again."""
     batch_size: int = 256
     """Images a step, over all devices; the paper's best run has 4096."""
-    augmentation: Literal["byol", "simclr"] = "byol"
-    """Augmentation policy: byol (the paper's, the views differ) or simclr (both views alike)."""
+    augmentation: Literal["byol", "simclr", "simsiam", "crop-only", "multi-crop"] = "byol"
+    """Augmentation policy: byol is the paper's; multi-crop adds small views; the next fields change it in all views."""
     crop_min_scale: float | None = None
-    """Smallest share of the image's area that a crop covers; default 0.08, or 0.2 up to 64 pixels."""
-    color_strength: float = 1.0
-    """Factor on the four colour-jitter amounts of the policy."""
+    """Smallest share of the image's area that a crop covers; default the policy's, and 0.2 up to 64 pixels."""
+    flip: float | None = None
+    """Probability of a left-right flip; default the policy's, as for the next fields."""
+    jitter: float | None = None
+    """Probability of colour jitter."""
+    brightness: float | None = None
+    """Brightness is multiplied by 1 +- this."""
+    contrast: float | None = None
+    """Contrast is multiplied by 1 +- this."""
+    saturation: float | None = None
+    """Saturation is multiplied by 1 +- this."""
+    hue: float | None = None
+    """Hue is turned by +- this, in turns, at most 0.5."""
+    grayscale: float | None = None
+    """Probability of a grey picture."""
+    blur: float | None = None
+    """Probability of Gaussian blur."""
+    solarize: float | None = None
+    """Probability of solarising (inverting the bright half)."""
+    small_views: int = 6
+    """Small views beside the two large ones (multi-crop)."""
+    small_view_size: int | None = None
+    """Pixels of a small view (multi-crop); default 96 / 224 of the image size."""
+    small_crop_max_scale: float = 0.14
+    """Largest share of the image's area that a small view covers (multi-crop)."""
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
     """Optimiser; biases and normalisation layers take neither weight decay nor LARS scaling."""
     learning_rate: float = 0.3
@@ -77,6 +100,24 @@ class Config:
     """Hidden width of the projection head."""
     predictor_hidden_dim: int = 4096
     """Hidden width of the prediction head."""
+    neighbour: Literal["nearest", "kth", "random", "soft", "oracle"] = "nearest"
+    """Positive of nnclr: nearest; kth nearest; random one of the k nearest; soft mean of these; oracle (same label)."""
+    neighbour_k: int = 1
+    """Neighbours that kth, random and soft consider."""
+    exclude_own_id: bool = False
+    """Never take an older embedding of the image itself as its neighbour."""
+    enqueue_both_views: bool = False
+    """Write both views to the support set, not only view 1."""
+    replacement: Literal["fifo", "random"] = "fifo"
+    """Entries that a full support set gives up: the oldest, or random ones."""
+    use_predictor: bool = True
+    """Prediction head of nnclr; without it the embeddings themselves are contrasted."""
+    transpose_loss: bool = False
+    """Add the softmax over the columns of nnclr's similarity matrix (the paper's symmetric loss)."""
+    decoupled_loss: bool = False
+    """Leave the positive out of the softmax's denominator (DCL)."""
+    ema_momentum: float | None = None
+    """Momentum of averaged (EMA) weights for look-up or targets; default the objective's own, none for nnclr."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or fp32; auto is bf16 where the device computes in it. Look-up and loss are fp32."""
     device: str = "auto"
@@ -116,8 +157,10 @@ class Config:
                 raise InputError(f"{field.name}={value} must be a finite number {bound} {low}")
         if self.momentum >= 1:
             raise InputError(f"momentum={self.momentum} must be below 1")
-        if self.crop_min_scale is not None and self.crop_min_scale > 1:
-            raise InputError(f"crop_min_scale={self.crop_min_scale} is a share of the image's area: at most 1")
+        for name, most in _HIGHEST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise InputError(f"{name}={value} must be at most {most:g}")
         return self
 
 
@@ -126,6 +169,8 @@ _LOWEST: dict[str, tuple[float, bool]] = {
     "image_size": (8, False),
     "epochs": (0, True),
     "batch_size": (2, False),
+    "small_view_size": (8, False),
+    "small_crop_max_scale": (0, True),
     "crop_min_scale": (0, True),
     "learning_rate": (0, True),
     "clip_grad_norm": (0, True),
@@ -136,8 +181,17 @@ _LOWEST: dict[str, tuple[float, bool]] = {
     "predictor_hidden_dim": (1, False),
     "checkpoint_every_steps": (1, False),
     "log_every_steps": (1, False),
+    "neighbour_k": (1, False),
     "knn_k": (1, False),
     "knn_temperature": (0, True),
+}
+
+# The highest value of a share, a probability or a turn.
+_HIGHEST = {
+    **dict.fromkeys(
+        "crop_min_scale small_crop_max_scale flip jitter grayscale blur solarize ema_momentum".split(), 1.0
+    ),
+    "hue": 0.5,
 }
 
 
@@ -164,19 +218,39 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     return typed
 
 
-_NAMES = {float: "a number", int: "a whole number", str: "text"}
+_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
 
 def make_config(data: str, out: str, preset: str | None = None, **fields: Any) -> Config:
     """A checked Config from keywords laid over a preset laid over the defaults.
 
+    Where another objective than the preset's is asked for, what the preset says to its own one is dropped.
+
     Raises:
-        InputError: for an unknown preset, an unknown field, or a value that cannot be used.
+        InputError: for an unknown preset, an unknown field, a value that cannot be used, or a setting of another
+            objective.
     """
     values = load_preset(preset) if preset is not None else {}
-    values.update(_typed(fields, "settings"))
-    values.update(data=data, out=out, preset=preset)
-    return Config(**values).check()
+    fields = _typed(fields, "settings")
+    name = fields.get("objective", values.get("objective", Config.objective))
+    unused = own_fields() - set(_objective(name).settings)
+    values = {key: value for key, value in values.items() if key not in unused}  # of the preset's objective
+    for key in sorted(unused):
+        if fields.get(key, getattr(Config, key)) != getattr(Config, key):
+            raise InputError(f"{key}={fields[key]!r} is no setting of {name}; leave it out")
+    return Config(**values | fields | {"data": data, "out": out, "preset": preset}).check()
+
+
+def own_fields() -> set[str]:
+    """Fields that belong to objectives: each takes those that its `settings` names."""
+    return {field for kind in OBJECTIVES.values() for field in kind.settings} - {"labels"}
+
+
+def _objective(name: str) -> type[Objective]:
+    try:
+        return find_objective(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def presets() -> list[str]:
@@ -215,7 +289,9 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: str | int | float) -> str:
+def _toml(value: str | bool | int | float) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value.encode("utf-8", "backslashreplace").decode())
     return repr(value)

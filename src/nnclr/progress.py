@@ -1,6 +1,7 @@
 """What a person sees of a long run: one line now and then, and a live bar on a terminal."""
 
 import sys
+import time
 from typing import Any
 
 from rich.console import Console
@@ -55,9 +56,38 @@ class Reporter:
             self._bar.stop()
 
 
+class Window:
+    """Time since the last log line, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self.began, self.steps, self.data = time.perf_counter(), 0, 0.0
+
+    def add(self, data_seconds: float) -> None:
+        """Count a step that waited so long for its batch."""
+        self.steps += 1
+        self.data += data_seconds
+
+    def exclude(self, seconds: float) -> None:
+        """Take time out of the window."""
+        self.began += seconds
+
+    def seconds(self) -> float:
+        """Length of the window."""
+        return max(time.perf_counter() - self.began, 1e-9)
+
+    def rate(self, batch_size: int) -> float:
+        """Images a second."""
+        return self.steps * batch_size / self.seconds()
+
+    def data_share(self) -> float:
+        """Share of the window spent waiting for batches, in [0, 1]."""
+        return min(self.data / self.seconds(), 1.0)
+
+
 def metrics_line(step: int, total: int, values: dict[str, Any], seconds_left: float) -> str:
     """One line a person can read: loss beside its chance level, neighbour health, rate and time left."""
-    parts = [f"step {step:>5}/{total}", f"loss {values['loss']:.3f} (chance {values['loss_chance']:.2f})"]
+    chance = f" (chance {values['loss_chance']:.2f})" if "loss_chance" in values else ""
+    parts = [f"step {step:>5}/{total}", f"loss {values['loss']:.3f}{chance}"]
     if "neighbour_purity" in values:
         parts.append(f"neighbour purity {100 * values['neighbour_purity']:.0f} %")
     elif "neighbour_similarity" in values:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from nnclr import counter
 from nnclr.checkpoint import write_atomically
-from nnclr.data import counter
 from nnclr.data.augment import eval_image
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnclr import counter
+
 NO_ID = -1  # an entry whose image is unknown, and the id of a neighbour that does not exist
 _ROWS = ("vectors", "ids", "born")
 _COUNTS = ("enqueued", "updates", "refused")
@@ -43,9 +45,10 @@ class SupportSet(nn.Module):
         size: M, number of entries; any size, it need not be a multiple of the batch.
         dim: D, embedding width.
         block_size: slots compared at a time; a look-up needs O(n * block_size) memory, never n x M.
+        replacement: which entries a full set gives up: `fifo`, the oldest, or `random` (an ablation of the paper).
 
     Raises:
-        ValueError: if size, dim or block_size is not positive.
+        ValueError: if size, dim or block_size is not positive, or the replacement is unknown.
     """
 
     # Each has one row more than there are slots: rows that are not written aim at it (see `enqueue`).
@@ -56,12 +59,14 @@ class SupportSet(nn.Module):
     updates: Tensor  # () int64, calls of `enqueue`
     refused: Tensor  # () int64, rows without a unit vector (NaN, infinite, zero) that were not let in
 
-    def __init__(self, size: int, dim: int, block_size: int = 8192) -> None:
+    def __init__(self, size: int, dim: int, block_size: int = 8192, replacement: str = "fifo") -> None:
         super().__init__()
+        if replacement not in ("fifo", "random"):
+            raise ValueError(f"replacement={replacement!r} is neither fifo nor random")
         for name, value in (("size", size), ("dim", dim), ("block_size", block_size)):
             if value < 1:
                 raise ValueError(f"{name}={value}: a support set needs a positive {name}")
-        self.size, self.dim, self.block_size = size, dim, block_size
+        self.size, self.dim, self.block_size, self.replacement = size, dim, block_size, replacement
         self._vectors = torch.zeros(size + 1, dim)
         self._ids = torch.full((size + 1,), NO_ID)
         self._born = torch.zeros(size + 1, dtype=torch.int64)
@@ -92,7 +97,14 @@ class SupportSet(nn.Module):
         return (self.enqueued / self.size).clamp(max=1.0)
 
     @torch.no_grad()
-    def nearest(self, z: Tensor, k: int = 1, exclude_ids: Tensor | None = None) -> Neighbours:
+    def nearest(
+        self,
+        z: Tensor,
+        k: int = 1,
+        exclude_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        query_labels: Tensor | None = None,
+    ) -> Neighbours:
         """The k entries with the largest cosine similarity to each query: NN(z, Q) of equation 2.
 
         Similarities are computed and compared in float32 also under autocast: bfloat16 scores tie, and
@@ -102,6 +114,9 @@ class SupportSet(nn.Module):
             z: (n, d) queries, any float dtype, need not be normalised.
             k: neighbours a query.
             exclude_ids: (n,) int64; entries with this id are no candidates for the query of that row; -1 excludes none.
+            labels: (images,) int64 label of each image id; with `query_labels` only entries of the query's label are
+                candidates, entries without an id are not (oracle neighbours, for analysis).
+            query_labels: (n,) int64.
 
         Returns:
             Neighbours with fields (n, k, d), (n, k), (n, k), (n, k); no gradient reaches any of them.
@@ -119,7 +134,8 @@ class SupportSet(nn.Module):
             best_NK = z_ND.new_full((len(z), 0), -torch.inf)
             slots_NK = torch.zeros(len(z), 0, dtype=torch.int64, device=z.device)
             for start in range(0, self.size, self.block_size):
-                scores, slots = self._best_of_block(z_ND, start, k, exclude_ids)
+                refused = self._refused(start, exclude_ids, labels, query_labels)
+                scores, slots = self._best_of_block(z_ND, start, k, refused)
                 # Earlier blocks stand first, and a stable sort keeps them first among equals.
                 best, order = torch.cat([best_NK, scores], 1).sort(dim=1, descending=True, stable=True)
                 best_NK, slots_NK = best[:, :k], torch.cat([slots_NK, slots], 1).gather(1, order[:, :k])
@@ -131,16 +147,27 @@ class SupportSet(nn.Module):
             ages=torch.where(found_NK, self.updates - self.born[slots_NK], 0),
         )
 
-    def _best_of_block(self, z_ND: Tensor, start: int, k: int, exclude_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _refused(
+        self, start: int, exclude_ids: Tensor | None, labels: Tensor | None, query_labels: Tensor | None
+    ) -> Tensor | None:
+        """(n, block) bool, true where an entry is no candidate for a query; None where all are."""
+        ids, refused = self.ids[start : start + self.block_size], None
+        if exclude_ids is not None:
+            refused = (ids == exclude_ids[:, None]) & (exclude_ids[:, None] != NO_ID)
+        if labels is not None and query_labels is not None:
+            other = (labels[ids.clamp(min=0)] != query_labels[:, None]) | (ids == NO_ID)
+            refused = other if refused is None else refused | other
+        return refused
+
+    def _best_of_block(self, z_ND: Tensor, start: int, k: int, refused: Tensor | None) -> tuple[Tensor, Tensor]:
         """Similarities and slots (n, min(k, block)) of the best entries among the block's slots."""
         stop = min(start + self.block_size, self.size)
         slots = torch.arange(start, stop, device=z_ND.device)
         # Slots fill in order 0, 1, 2, ...; adding the mask inside the product saves a pass over the scores.
         unfilled = torch.where(slots < self.enqueued, 0.0, -torch.inf)
         scores = torch.addmm(unfilled, z_ND, self.vectors[start:stop].T)
-        if exclude_ids is not None:
-            same = (self.ids[start:stop] == exclude_ids[:, None]) & (exclude_ids[:, None] != NO_ID)
-            scores.masked_fill_(same, -torch.inf)
+        if refused is not None:
+            scores.masked_fill_(refused, -torch.inf)
         if k == 1:
             best, index = scores.max(dim=1, keepdim=True)
         else:
@@ -174,14 +201,27 @@ class SupportSet(nn.Module):
         count = accepted.sum()
         number = accepted.cumsum(0) - 1  # the row is the number-th accepted one of this batch
         written = accepted & (number >= count - self.size)
+        if self.replacement == "random":
+            slot = self._random_slots()[(number - (count - self.size).clamp(min=0)).clamp(0, self.size - 1)]
+        else:
+            slot = (self.enqueued + number) % self.size
         # Rows that are not written aim at the spare last row: shapes stay fixed and nothing waits.
-        target = torch.where(written, (self.enqueued + number) % self.size, self.size)
+        target = torch.where(written, slot, self.size)
         self._vectors.index_copy_(0, target, z_ND)
         self._ids.index_copy_(0, target, ids.to(self._ids))
         self._born.index_copy_(0, target, self.updates.expand(len(z)))
         self.enqueued = self.enqueued + count
         self.updates = self.updates + 1
         self.refused = self.refused + (len(z) - count)
+
+    def _random_slots(self) -> Tensor:
+        """(M,) all slots in the order in which to write them: unfilled ones first, then a random order.
+
+        It is a function of the number of updates, so that resume and the number of ranks cannot change it.
+        """
+        slots = torch.arange(self.size, device=self._vectors.device)
+        chance = counter.bits_on_device(self.updates, slots) & (2**62 - 1)
+        return torch.where(slots >= self.enqueued, slots - self.size, chance).argsort()
 
     def extra_repr(self) -> str:
         """Size and width, for `print(module)`."""

@@ -1,6 +1,7 @@
 """Pre-training: the loop, top to bottom on one page, and what it needs to start, stop and start again."""
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,19 +18,21 @@ import nnclr
 from nnclr import checkpoint, health, report, run_folder
 from nnclr.checkpoint import TrainState, write_atomically
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
-from nnclr.data.augment import policy
+from nnclr.data.augment import View, policy
 from nnclr.data.images import Source
 from nnclr.data.loader import Batch, Loader, Plan, create_loader
 from nnclr.data.source import open_source, test_split
+from nnclr.device import choose_device, choose_precision
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError, NonFiniteError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
-from nnclr.objectives import NNCLR, OBJECTIVES, Output
+from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
+from nnclr.objectives import NNCLR, Objective, Output, find_objective
 from nnclr.optim import create_optimizer, learning_rate
-from nnclr.progress import Reporter, metrics_line
+from nnclr.progress import Reporter, Window, metrics_line
 from nnclr.run_folder import Run
 
 PAPER_SUPPORT_SET = 98_304
@@ -41,6 +45,7 @@ def pretrain(
     preset: str | None = None,
     test_data: Any = None,
     backbone: str | nn.Module | None = None,
+    objective: str | type[Objective] | None = None,
     quiet: bool = False,
     **fields: Any,
 ) -> Run:
@@ -53,6 +58,7 @@ def pretrain(
         preset: name of a recipe.
         test_data: labelled images for the online kNN, in the same forms.
         backbone: a name, or a module that maps (n, 3, s, s) to (n, d).
+        objective: a name, or a class of your own in the shape of `nnclr.Objective`.
         quiet: print nothing.
         **fields: any field of `Config`.
 
@@ -66,6 +72,10 @@ def pretrain(
     if backbone is not None:
         own = isinstance(backbone, nn.Module)
         fields["backbone"] = f"module:{type(backbone).__name__}" if own else backbone
+    if objective is not None:
+        fields["objective"] = (
+            objective if isinstance(objective, str) else f"{objective.__module__}:{objective.__qualname__}"
+        )
     source = open_source(data)
     test = test_split(data) if test_data is None else open_source(test_data)
     config = make_config(
@@ -91,8 +101,9 @@ def train(
     check_existing(run, config)
     device, plan = torch.device(config.device), make_plan(config, len(source))
     total = round((config.epochs + config.extend_epochs) * plan.steps_per_epoch)
-    state = build(config, device, module)
-    backbone, objective, optimizer = state.backbone, state.objective, state.optimizer
+    state = build(config, device, module, source.labels)
+    backbone, objective, optimizer, average = state.backbone, state.objective, state.optimizer, state.average
+    base_momentum = objective.momentum
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loader = create_loader(source, plan, device, config.num_workers or 0)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -114,14 +125,21 @@ def train(
                     group["lr"] = rate
 
                 with autocast:
-                    features = [backbone(view.contiguous(memory_format=torch.channels_last)) for view in batch.views]
-                    out = objective(features, ids=batch.ids)  # reads the support set
+                    views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
+                    features = [backbone(view) for view in views]
+                    targets = None if average is None else averaged_features(average, views)
+                    out = objective(features, targets, batch.ids)  # reads the support set
                 optimizer.zero_grad()
                 out.loss.backward()
                 grad_norm = finite_grad_norm(out, parameters, batch, run)
                 if config.clip_grad_norm is not None:
                     torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, grad_norm)
                 optimizer.step()
+                if average is not None and base_momentum is not None:
+                    objective.momentum = momentum_at(
+                        state.step, base=base_momentum, to_one=objective.momentum_to_one, total_steps=total
+                    )
+                    update_average(average, backbone, objective.momentum)
                 objective.update(out)  # writes the support set
                 state.step += 1
 
@@ -154,38 +172,29 @@ def resolve(config: Config, source: Source) -> Config:
             f"batch_size={config.batch_size} is larger than the data: {source.name} holds {len(source)} "
             f"images; use a smaller --batch-size"
         )
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device={name} is not supported; choose auto, cpu, cuda or cuda:N")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("this version trains in one process; start it without torchrun")
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if computes_in_bfloat16(device) else "fp32"
-    size = config.support_set_size
-    if config.objective == "nnclr" and size is None:
-        size = max(config.batch_size, min(PAPER_SUPPORT_SET, len(source) // 2))
+    kind = find_objective(config.objective)
+    parameters = inspect.signature(kind).parameters
+    defaults = {
+        name: parameters[name].default for name in kind.settings if name != "labels" and getattr(config, name) is None
+    }
+    if "support_set_size" in defaults:
+        defaults["support_set_size"] = max(config.batch_size, min(PAPER_SUPPORT_SET, len(source) // 2))
+    views = make_views(config)
+    if len(views) > 2 and not kind.multi_crop:
+        raise InputError(
+            f"{config.objective} takes 2 views, and --augmentation {config.augmentation} makes {len(views)}"
+        )
+    device = choose_device(config.device)
     return dataclasses.replace(
         config,
-        device=name,
-        precision=precision,
+        device=device,
+        precision=choose_precision(config.precision, torch.device(device)),
         num_workers=min(8, os.cpu_count() or 1) if config.num_workers is None else config.num_workers,
-        support_set_size=size,
-        crop_min_scale=policy(config.augmentation, config.image_size, config.crop_min_scale)[0].crop_scale[0],
+        crop_min_scale=views[0].crop_scale[0],
+        **defaults,
     )
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether bf16 autocast is worth it: native on the GPU, or by AVX-512 or AMX on the CPU."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_existing(run: Path, config: Config) -> None:
@@ -210,29 +219,52 @@ def check_existing(run: Path, config: Config) -> None:
         )
 
 
+def make_views(config: Config) -> tuple[View, ...]:
+    """How the views are made."""
+    names = "flip jitter brightness contrast saturation hue grayscale blur solarize".split()
+    return policy(
+        config.augmentation,
+        config.image_size,
+        config.crop_min_scale,
+        config.small_views,
+        config.small_view_size,
+        config.small_crop_max_scale,
+        **{name: getattr(config, name) for name in names},
+    )
+
+
 def make_plan(config: Config, images: int) -> Plan:
     """Order and augmentation of the whole run."""
-    views = policy(config.augmentation, config.image_size, config.crop_min_scale, config.color_strength)
-    return Plan(images, config.batch_size, views, config.seed)
+    return Plan(images, config.batch_size, make_views(config), config.seed)
 
 
-def build(config: Config, device: torch.device, module: nn.Module | None = None) -> TrainState:
+def build(
+    config: Config, device: torch.device, module: nn.Module | None = None, labels: np.ndarray | None = None
+) -> TrainState:
     """Backbone, objective and optimiser at step 0, initialised from the seed.
 
     Raises:
-        InputError: if the backbone is unknown or cannot take the images.
+        InputError: if the backbone is unknown or cannot take the images, or settings of the objective do not go
+            together.
     """
     torch.manual_seed(config.seed)
     backbone = create_backbone(config.backbone, config.image_size) if module is None else module
     width = feature_dim(backbone, config.image_size)
-    kind = OBJECTIVES[config.objective]
-    objective = kind(width, **{name: getattr(config, name) for name in kind.settings})
+    kind = find_objective(config.objective)
+    settings = {name: getattr(config, name) for name in kind.settings if name != "labels"}
+    if "labels" in kind.settings:
+        settings["labels"] = None if labels is None else torch.from_numpy(labels)
+    try:
+        objective = kind(width, **{name: value for name, value in settings.items() if value is not None})
+    except ValueError as error:
+        raise InputError(str(error)) from error
     backbone = backbone.to(device).to(memory_format=torch.channels_last).train()
     objective = objective.to(device).train()
+    average = None if objective.momentum is None else average_of(backbone)
     optimizer = create_optimizer(
         config.optimizer, (backbone, objective), weight_decay=config.weight_decay, momentum=config.momentum
     )
-    return TrainState(backbone, objective, optimizer)
+    return TrainState(backbone, objective, optimizer, average)
 
 
 def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
@@ -316,7 +348,7 @@ class Recorder:
         self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(config.device)
         self.monitor = health.CollapseMonitor()
         self.monitor.load_state_dict(state.notes.get("collapse", {}))
-        self.window = _Window()
+        self.window = Window()
 
     def start(self, skipped: list[str] | None) -> None:
         """Say what is about to happen; evaluate the untrained network of a fresh run."""
@@ -331,7 +363,7 @@ class Recorder:
             f"{config.image_size} px, batch {config.batch_size}, {self.total} steps, {config.device} "
             f"{config.precision}, {torch.get_num_threads()} threads"
         )
-        if config.objective == "nnclr":
+        if isinstance(self.state.objective, NNCLR):
             share = (config.support_set_size or 0) / len(source)
             say(f"support set {config.support_set_size}: {100 * share:.0f} % of the images")
             if share > 1:
@@ -442,7 +474,7 @@ class Recorder:
         )
         if warning is not None:
             self.reporter.say(f"warning: {warning}")
-        self.window = _Window()
+        self.window = Window()
         if step == config.log_every_steps:
             self._draw_neighbours()
 
@@ -460,26 +492,3 @@ class Recorder:
         if isinstance(objective, NNCLR) and len(objective.support_set) > 0:
             path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
             report.draw_neighbours(path, self.encoder(), objective, self.source, self.loader.bad)
-
-
-class _Window:
-    """Time since the last log line, without evaluations and checkpoints."""
-
-    def __init__(self) -> None:
-        self.began, self.steps, self.data = time.perf_counter(), 0, 0.0
-
-    def add(self, data_seconds: float) -> None:
-        self.steps += 1
-        self.data += data_seconds
-
-    def exclude(self, seconds: float) -> None:
-        self.began += seconds
-
-    def seconds(self) -> float:
-        return max(time.perf_counter() - self.began, 1e-9)
-
-    def rate(self, batch_size: int) -> float:
-        return self.steps * batch_size / self.seconds()
-
-    def data_share(self) -> float:
-        return min(self.data / self.seconds(), 1.0)

@@ -258,10 +258,17 @@ def test_policies_are_the_papers():
     one, two = A.policy("simclr", 224)
     assert one == two
     assert (one.brightness, one.contrast, one.saturation, one.hue, one.blur) == (0.8, 0.8, 0.8, 0.2, 0.5)
-    small = A.policy("byol", 32, crop_min_scale=0.3, color_strength=0.5)[0]
+    small = A.policy("byol", 32, crop_min_scale=0.3, brightness=0.2, hue=0.05)[0]
     assert (small.crop_scale, small.blur, small.brightness, small.hue) == ((0.3, 1.0), 0.0, 0.2, 0.05)
     assert A.policy("byol", 32)[0].crop_scale == (0.2, 1.0)
-    with pytest.raises(InputError, match="there are byol and simclr"):
+    bare = A.policy("crop-only", 224)[1]
+    assert (bare.flip, bare.jitter, bare.grayscale, bare.blur, bare.solarize) == (0, 0, 0, 0, 0)
+    assert A.policy("simsiam", 224)[0].crop_scale == (0.2, 1.0)
+    crops = A.policy("multi-crop", 224)
+    assert [view.size for view in crops] == [224, 224, *[96] * 6]
+    assert [view.crop_scale for view in crops] == [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 6
+    assert all(view.hue == 0.05 for view in A.policy("multi-crop", 224, hue=0.05))
+    with pytest.raises(InputError, match="there are byol, simclr"):
         A.policy("mocov2", 224)
 
 

@@ -7,7 +7,7 @@ is in; pixels are worked on where the images are. Operations follow torchvision'
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nnclr.data import counter
+from nnclr import counter
 from nnclr.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,45 +46,59 @@ class View:
     solarize_threshold: float = 0.5
 
 
+POLICIES = ("byol", "simclr", "simsiam", "crop-only", "multi-crop")
+
+
 def policy(
-    name: str, image_size: int, crop_min_scale: float | None = None, color_strength: float = 1.0
-) -> tuple[View, View]:
-    """The two views of a named policy.
+    name: str,
+    image_size: int,
+    crop_min_scale: float | None = None,
+    small_views: int = 6,
+    small_view_size: int | None = None,
+    small_crop_max_scale: float = 0.14,
+    **given: float | None,
+) -> tuple[View, ...]:
+    """The views of a named policy, the two large ones first.
 
     Up to 64 pixels there is no blur and crops cover at least 0.2 of the area, as in public recipes for small
     images.
 
     Args:
-        name: `byol` (view 1 always blurred, view 2 sometimes solarised) or `simclr` (both views alike).
-        image_size: pixels of a view.
-        crop_min_scale: smallest share of the area, instead of the policy's.
-        color_strength: factor on the four jitter amounts.
+        name: `byol` (view 1 always blurred, view 2 sometimes solarised), `simclr` (both views alike, stronger
+            jitter), `simsiam` (both alike, MoCo v2's and SimSiam's jitter and crops), `crop-only` (nothing but
+            crops: the paper's claim of robustness), or `multi-crop` (BYOL's two views and small ones in turns).
+        image_size: pixels of a large view.
+        crop_min_scale: smallest share of the area in a large view, instead of the policy's.
+        small_views: number of small views (multi-crop).
+        small_view_size: pixels of a small view; default 96 / 224 of the image size.
+        small_crop_max_scale: largest share of the area in a small view.
+        **given: fields of `View` to set in all views, whatever the policy; None leaves the policy's.
 
     Raises:
         InputError: for an unknown name.
     """
+    if name not in POLICIES:
+        raise InputError(f"no augmentation is called '{name}'; there are {', '.join(POLICIES)}")
     small = image_size <= SMALL_IMAGE
-    least = (0.2 if small else 0.08) if crop_min_scale is None else crop_min_scale
+    least = {"simsiam": 0.2, "multi-crop": 0.14}.get(name, 0.08)
+    least = (max(least, 0.2) if small else least) if crop_min_scale is None else crop_min_scale
     base = View(image_size, crop_scale=(least, 1.0))
-    if name == "byol":
-        views = (replace(base, blur=1.0), replace(base, blur=0.1, solarize=0.2))
-    elif name == "simclr":
-        alike = replace(base, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5)
-        views = (alike, alike)
+    if name == "simclr":
+        views = [replace(base, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5)] * 2
+    elif name == "simsiam":
+        views = [replace(base, saturation=0.4, blur=0.5)] * 2
+    elif name == "crop-only":
+        views = [replace(base, flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)] * 2
     else:
-        raise InputError(f"no augmentation is called '{name}'; there are byol and simclr")
-    first, second = (
-        replace(
-            view,
-            blur=0.0 if small else view.blur,
-            brightness=view.brightness * color_strength,
-            contrast=view.contrast * color_strength,
-            saturation=view.saturation * color_strength,
-            hue=min(view.hue * color_strength, 0.5),
-        )
-        for view in views
-    )
-    return first, second
+        views = [replace(base, blur=1.0), replace(base, blur=0.1, solarize=0.2)]
+    if name == "multi-crop":
+        size = round(image_size * 96 / 224) if small_view_size is None else small_view_size
+        scale = (min(0.05, small_crop_max_scale), small_crop_max_scale)
+        views += [replace(views[i % 2], size=size, crop_scale=scale) for i in range(small_views)]
+    if small:
+        views = [replace(view, blur=0.0) for view in views]
+    fixed: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    return tuple(replace(view, **fixed) for view in views)
 
 
 @dataclass

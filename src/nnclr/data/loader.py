@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnclr.data import counter
+from nnclr import counter
 from nnclr.data.augment import Parameters, View, augment, crop_image, draw_parameters, finish
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nnclr.data import counter
+from nnclr import counter
 from nnclr.data.decode import decode, read_file
 from nnclr.data.images import Source, array_source
 from nnclr.errors import InputError

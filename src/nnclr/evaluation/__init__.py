@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnclr.data import counter
+from nnclr import counter
 from nnclr.data.images import Source
 from nnclr.data.source import open_source, test_split
 from nnclr.encoder import Encoder

@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 
-from nnclr.data import counter
+from nnclr import counter
 from nnclr.data.images import Source
 from nnclr.encoder import Encoder
 from nnclr.evaluation import evaluate, split

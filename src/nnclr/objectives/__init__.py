@@ -1,12 +1,38 @@
 """The training objectives by name: features of the views in, loss out.
 
-`OBJECTIVES` is a plain dict; an objective of your own is any module with NNCLR's `forward` and `update`.
+`OBJECTIVES` is a plain dict. An objective of your own is a class in NNCLR's shape, named as `MODULE:CLASS`.
 """
 
-from nnclr.objectives.nnclr import NNCLR, Output, nnclr_loss
+import difflib
+import importlib
+
+from nnclr.objectives.nnclr import NNCLR, nnclr_loss
+from nnclr.objectives.objective import Objective, Output
 from nnclr.objectives.simclr import SimCLR, nt_xent_loss
 
-Objective = NNCLR | SimCLR
 OBJECTIVES: dict[str, type[Objective]] = {"nnclr": NNCLR, "simclr": SimCLR}
 
-__all__ = ["NNCLR", "OBJECTIVES", "Objective", "Output", "SimCLR", "nnclr_loss", "nt_xent_loss"]
+
+def find_objective(name: str) -> type[Objective]:
+    """The class of a shipped name, or of `MODULE:CLASS` on Python's path.
+
+    Raises:
+        ValueError: if there is none; the message suggests the nearest shipped one.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module, _, kind = name.partition(":")
+    if kind:
+        try:
+            found = getattr(importlib.import_module(module), kind)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"the objective {name} cannot be imported: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Objective)):
+            raise ValueError(f"{name} is no subclass of nnclr.Objective")
+        return found
+    near = difflib.get_close_matches(name, OBJECTIVES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"no objective is called '{name}'{hint}; there are {', '.join(OBJECTIVES)}, or name MODULE:CLASS")
+
+
+__all__ = ["NNCLR", "OBJECTIVES", "Objective", "Output", "SimCLR", "find_objective", "nnclr_loss", "nt_xent_loss"]

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnclr.distributed import gather, rank, world_size
 from nnclr.models.heads import ProjectionHead
-from nnclr.objectives.nnclr import Output
+from nnclr.objectives.objective import Objective, Output, two_views
 
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
@@ -49,7 +49,7 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
         return (0.5 * one_way(z1_ND, z1_GD, z2_GD) + 0.5 * one_way(z2_ND, z2_GD, z1_GD)).to(z1.dtype)
 
 
-class SimCLR(nn.Module):
+class SimCLR(Objective):
     """The baseline in NNCLR's shape: the same projector, no predictor and no support set.
 
     Args:
@@ -60,7 +60,6 @@ class SimCLR(nn.Module):
     """
 
     settings: ClassVar[tuple[str, ...]] = ("embedding_dim", "projector_hidden_dim", "temperature")
-    """The config's fields that the constructor takes beside `feature_dim`."""
 
     def __init__(
         self,
@@ -84,13 +83,9 @@ class SimCLR(nn.Module):
         Raises:
             ValueError: if there are not two views.
         """
-        if len(features) != 2:
-            raise ValueError(f"SimCLR contrasts 2 views, got {len(features)}")
+        two_views(features, "SimCLR")
         z1_ND, z2_ND = (self.projector(view).float() for view in features)
         loss = nt_xent_loss(z1_ND, z2_ND, self.temperature)
         chance = math.log(2 * len(z1_ND) * world_size() - 1)
         metrics = {"loss_chance": torch.full((), chance, device=loss.device)}
         return Output(loss, metrics, [z1_ND.detach(), z2_ND.detach()], ids)
-
-    def update(self, out: Output) -> None:
-        """SimCLR keeps no state between steps."""

@@ -1,6 +1,7 @@
 import numpy as np
+import torch
 
-from nnclr.data import counter
+from nnclr import counter
 
 MASK = 2**64 - 1
 
@@ -88,3 +89,11 @@ def test_permutations_are_permutations_and_differ():
     assert sorted(one.tolist()) == list(range(1000))
     assert (one == two).mean() < 0.02
     assert (one == counter.permutation(1, 0, 1000)).mean() < 0.02
+
+
+def test_the_hash_on_the_device_has_the_same_bits():
+    ids = np.array([0, 1, 2**40, 17, 2**62 + 5])
+    for keys in ((3, 5), (0, -1), (2**40, 7)):
+        expected = counter.bits(*keys, ids)
+        got = counter.bits_on_device(*keys, torch.from_numpy(ids))
+        assert (got.numpy().view(np.uint64) == expected).all()

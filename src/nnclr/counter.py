@@ -5,6 +5,8 @@ epoch, image, view, slot) is a hash of these, so resume, workers and world size 
 """
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -52,3 +54,32 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def draw(seed: int, epoch: int, position: int, attempt: int, n: int) -> int:
     """An index below n, for instance of the image that replaces an unreadable one."""
     return int(bits(seed, epoch, -2, position, attempt)[0] % np.uint64(n))
+
+
+def bits_on_device(*keys: int | Tensor) -> Tensor:
+    """The hash of `bits` as int64 tensors (the same 64 bits), wherever the keys are: nothing waits for them.
+
+    Args:
+        keys: integers and int64 tensors, broadcast against each other; at least one tensor.
+    """
+    device = next(key.device for key in keys if isinstance(key, Tensor))
+    state = torch.zeros(1, dtype=torch.int64, device=device)
+    for key in keys:
+        state = _mix_on_device((state ^ key) + _signed(_GOLDEN))
+    return state
+
+
+def _mix_on_device(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(_MULTIPLIERS[0])
+    x = (x ^ _shift(x, 27)) * _signed(_MULTIPLIERS[1])
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Right shift that fills with zeros, where torch's fills with the sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: np.uint64) -> int:
+    """The int64 with the bits of a uint64."""
+    return int(value.astype(np.int64))
