@@ -27,7 +27,9 @@ checkpoint_every_steps log_every_steps evaluate_every_epochs knn_k knn_temperatu
 """.split()
 OWN = """
 temperature support_set_size embedding_dim projector_hidden_dim predictor_hidden_dim neighbour neighbour_k
-exclude_own_id enqueue_both_views replacement use_predictor transpose_loss decoupled_loss ema_momentum
+exclude_own_id
+enqueue_both_views replacement use_predictor transpose_loss decoupled_loss ema_momentum off_diagonal_weight prototypes
+swav_queue_size
 """.split()
 
 

@@ -39,7 +39,7 @@ class Config:
     test_data: str | None = None
     """Labelled images for the online kNN; else the data's own test split, else a hold-out of the data."""
     objective: str = "nnclr"
-    """Training objective: nnclr, simclr, or MODULE:CLASS for one of your own."""
+    """Training objective by name (docs/methods.md lists them), or MODULE:CLASS for one of your own."""
     backbone: str = "resnet50"
     """Any timm or torchvision architecture (resnet18, timm/vit_small_patch16_224, ...) or small-convnet."""
     image_size: int = 224
@@ -102,8 +102,8 @@ class Config:
     """Hidden width of the prediction head."""
     neighbour: Literal["nearest", "kth", "random", "soft", "oracle"] = "nearest"
     """Positive of nnclr: nearest; kth nearest; random one of the k nearest; soft mean of these; oracle (same label)."""
-    neighbour_k: int = 1
-    """Neighbours that kth, random and soft consider."""
+    neighbour_k: int | None = None
+    """Neighbours that kth, random and soft, or msf, consider; default the objective's own: 1 for nnclr, 5 for msf."""
     exclude_own_id: bool = False
     """Never take an older embedding of the image itself as its neighbour."""
     enqueue_both_views: bool = False
@@ -118,6 +118,12 @@ class Config:
     """Leave the positive out of the softmax's denominator (DCL)."""
     ema_momentum: float | None = None
     """Momentum of averaged (EMA) weights for look-up or targets; default the objective's own, none for nnclr."""
+    off_diagonal_weight: float = 0.0051
+    """Weight of the correlations between features (barlow-twins)."""
+    prototypes: int = 3000
+    """Number of clusters (swav)."""
+    swav_queue_size: int = 3840
+    """Earlier embeddings that help swav to balance small batches; 0 for none."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or fp32; auto is bf16 where the device computes in it. Look-up and loss are fp32."""
     device: str = "auto"
@@ -182,6 +188,7 @@ _LOWEST: dict[str, tuple[float, bool]] = {
     "checkpoint_every_steps": (1, False),
     "log_every_steps": (1, False),
     "neighbour_k": (1, False),
+    "prototypes": (2, False),
     "knn_k": (1, False),
     "knn_temperature": (0, True),
 }

@@ -6,11 +6,32 @@
 import difflib
 import importlib
 
+from nnclr.objectives.barlow_twins import BarlowTwins
+from nnclr.objectives.byol import BYOL
+from nnclr.objectives.moco import MoCoV2, MoCoV3
+from nnclr.objectives.msf import MSF
+from nnclr.objectives.nn_byol import NNBYOL, NNSimSiam
 from nnclr.objectives.nnclr import NNCLR, nnclr_loss
 from nnclr.objectives.objective import Objective, Output
 from nnclr.objectives.simclr import SimCLR, nt_xent_loss
+from nnclr.objectives.simsiam import SimSiam
+from nnclr.objectives.supervised import Supervised
+from nnclr.objectives.swav import SwAV
 
-OBJECTIVES: dict[str, type[Objective]] = {"nnclr": NNCLR, "simclr": SimCLR}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "nnclr": NNCLR,
+    "simclr": SimCLR,
+    "moco-v2": MoCoV2,
+    "moco-v3": MoCoV3,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "swav": SwAV,
+    "barlow-twins": BarlowTwins,
+    "supervised": Supervised,
+    "msf": MSF,
+    "nn-byol": NNBYOL,
+    "nn-simsiam": NNSimSiam,
+}
 
 
 def find_objective(name: str) -> type[Objective]:

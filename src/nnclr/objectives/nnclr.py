@@ -184,11 +184,11 @@ class NNCLR(Objective):
                 keys = [self.average_projector(view).float() for view in targets_of(targets, "ema_momentum")[:2]]
 
         neighbours = self._look_up(keys, ids)
-        positives = [_positives(found, key) for found, key in zip(neighbours, keys, strict=True)]
+        anchors = [positives(found, key) for found, key in zip(neighbours, keys, strict=True)]
         options = self.temperature, self.transpose_loss, self.decoupled_loss
         losses = [
-            nnclr_loss(positive, p[view], *options)
-            for large, positive in enumerate(positives)
+            nnclr_loss(anchor, p[view], *options)
+            for large, anchor in enumerate(anchors)
             for view in range(len(p))
             if view != large
         ]
@@ -244,7 +244,7 @@ def per_view(both: Neighbours, views: int = 2) -> list[Neighbours]:
     return [Neighbours(*parts) for parts in zip(*(part.chunk(views) for part in both), strict=True)]
 
 
-def _positives(neighbours: Neighbours, z_ND: Tensor) -> Tensor:
+def positives(neighbours: Neighbours, z_ND: Tensor) -> Tensor:
     """The neighbours as (n, d), and the own embedding where the support set is still empty (first step)."""
     found = neighbours.similarities.isfinite()
     return torch.where(found, neighbours.embeddings.squeeze(1), F.normalize(z_ND, dim=1))

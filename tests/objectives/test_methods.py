@@ -1,0 +1,253 @@
+"""Each compared method over several steps against its own float64 NumPy reference: loss and state."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnclr.models.ema import momentum_at
+from nnclr.objectives import OBJECTIVES
+from nnclr.objectives.barlow_twins import BarlowTwins, barlow_twins_loss
+from nnclr.objectives.byol import BYOL, byol_loss
+from nnclr.objectives.moco import MoCoV2, MoCoV3
+from nnclr.objectives.msf import MSF
+from nnclr.objectives.nn_byol import NNBYOL, NNSimSiam
+from nnclr.objectives.simsiam import SimSiam
+from nnclr.objectives.supervised import Supervised
+from nnclr.objectives.swav import SwAV, sinkhorn
+from tests import reference
+from tests.reference import unit
+
+DIM, SIZE, BATCH, STEPS = 6, 19, 8, 6
+LABELS = np.arange(100) % 3
+
+
+def affine(linear):
+    weight, bias = (t.detach().double().numpy() for t in (linear.weight, linear.bias))
+    return lambda x: x @ weight.T + bias
+
+
+def linear_heads(made):
+    """Heads that NumPy can follow; the averaged ones differ from the others."""
+    torch.manual_seed(1)
+    for name in ("projector", "predictor"):
+        if hasattr(made, name):
+            setattr(made, name, nn.Linear(DIM, DIM))
+    if hasattr(made, "average_projector"):
+        made.average_projector = nn.Linear(DIM, DIM).requires_grad_(False)
+    return made
+
+
+def distance(p, t):
+    """Mean squared distance of unit rows."""
+    return np.mean(np.sum((unit(p) - unit(t)) ** 2, axis=1))
+
+
+def softmax_rows(logits, own):
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return -np.mean(logits[np.arange(len(logits)), own] - np.log(np.exp(logits).sum(axis=1)))
+
+
+def byol(made, x, targets, ids, state):
+    p = [affine(made.predictor)(affine(made.projector)(view)) for view in x]
+    t = [affine(made.average_projector)(view) for view in targets]
+    return distance(p[0], t[1]) + distance(p[1], t[0])
+
+
+def simsiam(made, x, targets, ids, state):
+    z = [affine(made.projector)(view) for view in x]
+    p = [affine(made.predictor)(view) for view in z]
+    return distance(p[0], z[1]) + distance(p[1], z[0])
+
+
+def neighbour_targets(state, keys, ids):
+    queue = state.setdefault("queue", reference.Queue(SIZE))
+    found = [np.array([queue.slots[slot][0] for slot in queue.nearest(key)]) if queue.slots else key for key in keys]
+    queue.push(keys[0], ids)
+    return found
+
+
+def nn_byol(made, x, targets, ids, state):
+    p = [affine(made.predictor)(affine(made.projector)(view)) for view in x]
+    n = neighbour_targets(state, [affine(made.average_projector)(view) for view in targets], ids)
+    return distance(p[0], n[1]) + distance(p[1], n[0])
+
+
+def nn_simsiam(made, x, targets, ids, state):
+    z = [affine(made.projector)(view) for view in x]
+    p = [affine(made.predictor)(view) for view in z]
+    n = neighbour_targets(state, z, ids)
+    return distance(p[0], n[1]) + distance(p[1], n[0])
+
+
+def msf(made, x, targets, ids, state):
+    queue = state.setdefault("queue", reference.Queue(SIZE))
+    p = [affine(made.predictor)(affine(made.projector)(view)) for view in x]
+    t = [affine(made.average_projector)(view) for view in targets]
+    total = 0.0
+    for query, key in ((p[1], t[0]), (p[0], t[1])):
+        for row, own in zip(unit(query), unit(key), strict=True):
+            near = sorted((entry[0] for entry in queue.slots), key=lambda vector: -(vector @ own))[:2]  # k - 1
+            total += np.mean([np.sum((row - vector) ** 2) for vector in [own, *near]]) / BATCH
+    queue.push(t[0], ids)
+    return total
+
+
+def moco_v2(made, x, targets, ids, state):
+    queue = state.setdefault("queue", reference.Queue(SIZE))
+    q, k = unit(affine(made.projector)(x[0])), affine(made.average_projector)(targets[1])
+    logits = np.sum(q * unit(k), axis=1, keepdims=True)
+    if queue.slots:
+        logits = np.concatenate([logits, q @ np.array([entry[0] for entry in queue.slots]).T], axis=1)
+    queue.push(k, ids)
+    return softmax_rows(logits / 0.2, np.zeros(BATCH, int))
+
+
+def moco_v3(made, x, targets, ids, state):
+    p = [affine(made.predictor)(affine(made.projector)(view)) for view in x]
+    t = [affine(made.average_projector)(view) for view in targets]
+    one_way = [softmax_rows(unit(p[a]) @ unit(t[1 - a]).T / 0.2, np.arange(BATCH)) for a in range(2)]
+    return 2 * 0.2 * sum(one_way)
+
+
+def barlow(made, x, targets, ids, state):
+    z = [affine(made.projector)(view) for view in x]
+    z = [(view - view.mean(0)) / view.std(0) for view in z]
+    total = 0.0
+    for i in range(DIM):
+        for j in range(DIM):
+            c = np.mean(z[0][:, i] * z[1][:, j])
+            total += (1 - c) ** 2 if i == j else 0.0051 * c**2
+    return total
+
+
+def supervised(made, x, targets, ids, state):
+    return np.mean([softmax_rows(affine(made.classifier)(view), LABELS[ids]) for view in x])
+
+
+def plain_sinkhorn(scores):
+    q = np.exp(scores / 0.05).T
+    q /= q.sum()
+    for _ in range(3):
+        q = q / q.sum(axis=1, keepdims=True) / len(q)
+        q = q / q.sum(axis=0, keepdims=True) / q.shape[1]
+    return (q * q.shape[1]).T
+
+
+def swav(made, x, targets, ids, state):
+    prototypes = made.prototypes.weight.detach().double().numpy()
+    assert np.allclose(np.linalg.norm(prototypes, axis=1), 1, atol=1e-6)
+    z = [unit(affine(made.projector)(view)) for view in x]
+    queue = state.setdefault("queue", [[], []])
+    codes = []
+    for view in range(2):
+        rows = np.concatenate([z[view], *queue[view]])[: BATCH + 16] if len(queue[view]) * BATCH >= 16 else z[view]
+        codes.append(plain_sinkhorn(rows @ prototypes.T)[:BATCH])
+        queue[view].insert(0, z[view])
+    losses = []
+    for large in range(2):
+        for view in range(len(z)):
+            if view != large:
+                logits = z[view] @ prototypes.T / 0.1
+                log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+                losses.append(-np.mean(np.sum(codes[large] * log_p, axis=1)))
+    return np.mean(losses)
+
+
+METHODS = {
+    "byol": (lambda: BYOL(DIM, DIM, 8, 8), byol),
+    "simsiam": (lambda: SimSiam(DIM, DIM, 8, 8), simsiam),
+    "nn-byol": (lambda: NNBYOL(DIM, DIM, 8, 8, support_set_size=SIZE), nn_byol),
+    "nn-simsiam": (lambda: NNSimSiam(DIM, DIM, 8, 8, support_set_size=SIZE), nn_simsiam),
+    "msf": (lambda: MSF(DIM, DIM, 8, 8, support_set_size=SIZE, neighbour_k=3), msf),
+    "moco-v2": (lambda: MoCoV2(DIM, DIM, 8, support_set_size=SIZE), moco_v2),
+    "moco-v3": (lambda: MoCoV3(DIM, DIM, 8, 8), moco_v3),
+    "barlow-twins": (lambda: BarlowTwins(DIM, DIM, 8), barlow),
+    "supervised": (lambda: Supervised(DIM, torch.from_numpy(LABELS)), supervised),
+    "swav": (lambda: SwAV(DIM, DIM, 8, prototypes=5, swav_queue_size=16), swav),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_agree_over_several_steps(name):
+    torch.manual_seed(0)
+    create, expected = METHODS[name]
+    made, state, rng = linear_heads(create()), {}, np.random.default_rng(2)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    losses = []
+    for _ in range(STEPS):
+        ids = rng.integers(0, 100, BATCH)
+        x, t = ([rng.normal(size=(BATCH, DIM)) for _ in range(2)] for _ in range(2))
+        wanted = expected(made, x, t, ids, state)
+        features = [torch.tensor(view, dtype=torch.float32, requires_grad=True) for view in x]
+        out = made(features, [torch.tensor(view, dtype=torch.float32) for view in t], torch.from_numpy(ids))
+        assert out.loss.item() == pytest.approx(wanted, rel=3e-6), len(losses)
+        losses.append(wanted)
+        optimizer.zero_grad()
+        out.loss.backward()
+        assert (features[0].grad.abs().max() > 0) == (wanted > 0)  # MoCo v2's first step has no negatives yet
+        optimizer.step()
+        if made.momentum is not None:
+            old = made.average_projector.weight.clone()
+            moved = made.momentum * old + (1 - made.momentum) * made.projector.weight.detach()
+        made.update(out)
+        if made.momentum is not None:
+            assert not torch.equal(old, made.average_projector.weight)
+            torch.testing.assert_close(made.average_projector.weight, moved)
+            assert all(p.grad is None and not p.requires_grad for p in made.average_projector.parameters())
+    assert len(set(losses)) == STEPS
+
+
+def test_every_shipped_method_has_a_reference():
+    assert set(OBJECTIVES) - {"nnclr", "simclr"} == set(METHODS)  # these two have files of their own
+
+
+def test_msf_with_one_neighbour_is_byol():
+    torch.manual_seed(0)
+    msf_made, byol_made = (
+        linear_heads(MSF(DIM, DIM, 8, 8, 0.9, SIZE, neighbour_k=1)),
+        linear_heads(BYOL(DIM, DIM, 8, 8)),
+    )
+    for step in range(3):
+        views = [torch.randn(BATCH, DIM) for _ in range(4)]
+        out = msf_made(views[:2], views[2:], torch.arange(BATCH))
+        assert out.loss.item() == pytest.approx(byol_made(views[:2], views[2:]).loss.item(), rel=1e-6)
+        msf_made.support_set.enqueue(torch.randn(BATCH, DIM), torch.arange(BATCH) + step)
+
+
+def test_assignments_are_doubly_stochastic():
+    codes = sinkhorn(torch.randn(64, 8), epsilon=0.5, iterations=50)
+    torch.testing.assert_close(codes.sum(dim=1), torch.ones(64))
+    torch.testing.assert_close(codes.sum(dim=0), torch.full((8,), 8.0), rtol=1e-4, atol=1e-4)
+    assert sinkhorn(torch.randn(64, 8) * 100).isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [byol_loss, barlow_twins_loss])
+def test_gradient_against_finite_differences(loss):
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(7, 4)), rng.normal(size=(7, 4))
+    x = torch.tensor(one, requires_grad=True)
+    y = torch.tensor(two, requires_grad=True)
+    loss(x, y).backward()
+    expected = reference.numerical_gradient(lambda a: loss(torch.tensor(a), torch.tensor(two)).item(), one)
+    np.testing.assert_allclose(x.grad.numpy(), expected, atol=1e-6)
+    assert (y.grad is None) == (loss is byol_loss)  # the target of BYOL takes no gradient, Barlow's other view does
+
+
+def test_momentum_rises_to_one_or_stays():
+    values = [momentum_at(step, base=0.99, to_one=True, total_steps=100) for step in (0, 50, 100)]
+    assert values == pytest.approx([0.99, 0.995, 1.0])
+    assert momentum_at(70, base=0.99, to_one=False, total_steps=100) == 0.99
+
+
+@pytest.mark.parametrize("name", ["byol", "simsiam", "moco-v2", "moco-v3", "barlow-twins", "msf", "nn-byol"])
+def test_three_views_are_refused(name):
+    made = METHODS[name][0]()
+    with pytest.raises(ValueError, match="2 views, got 3"):
+        made([torch.randn(BATCH, DIM)] * 3, [torch.randn(BATCH, DIM)] * 2, torch.arange(BATCH))
+
+
+@pytest.mark.parametrize("name", ["byol", "moco-v2", "moco-v3", "msf", "nn-byol"])
+def test_targets_are_required(name):
+    with pytest.raises(ValueError, match="needs targets"):
+        METHODS[name][0]()([torch.randn(BATCH, DIM)] * 2, ids=torch.arange(BATCH))
