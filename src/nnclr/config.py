@@ -103,7 +103,7 @@ class Config:
     neighbour: Literal["nearest", "kth", "random", "soft", "oracle"] = "nearest"
     """Positive of nnclr: nearest; kth nearest; random one of the k nearest; soft mean of these; oracle (same label)."""
     neighbour_k: int | None = None
-    """Neighbours that kth, random and soft, or msf, consider; default the objective's own: 1 for nnclr, 5 for msf."""
+    """Neighbours k of kth, random and soft, of msf, snclr or all4one; default the objective's own, 1 for nnclr."""
     exclude_own_id: bool = False
     """Never take an older embedding of the image itself as its neighbour."""
     enqueue_both_views: bool = False

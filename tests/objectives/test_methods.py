@@ -7,12 +7,14 @@ from torch import nn
 
 from nnclr.models.ema import momentum_at
 from nnclr.objectives import OBJECTIVES
+from nnclr.objectives.all4one import All4One
 from nnclr.objectives.barlow_twins import BarlowTwins, barlow_twins_loss
 from nnclr.objectives.byol import BYOL, byol_loss
 from nnclr.objectives.moco import MoCoV2, MoCoV3
 from nnclr.objectives.msf import MSF
 from nnclr.objectives.nn_byol import NNBYOL, NNSimSiam
 from nnclr.objectives.simsiam import SimSiam
+from nnclr.objectives.snclr import SNCLR
 from nnclr.objectives.supervised import Supervised
 from nnclr.objectives.swav import SwAV, sinkhorn
 from tests import reference
@@ -30,11 +32,12 @@ def affine(linear):
 def linear_heads(made):
     """Heads that NumPy can follow; the averaged ones differ from the others."""
     torch.manual_seed(1)
-    for name in ("projector", "predictor"):
+    width = made.support_set.dim if hasattr(made, "support_set") else DIM
+    for name, width_in in (("projector", DIM), ("predictor", width), ("centroid_predictor", width)):
         if hasattr(made, name):
-            setattr(made, name, nn.Linear(DIM, DIM))
+            setattr(made, name, nn.Linear(width_in, width))
     if hasattr(made, "average_projector"):
-        made.average_projector = nn.Linear(DIM, DIM).requires_grad_(False)
+        made.average_projector = nn.Linear(DIM, width).requires_grad_(False)
     return made
 
 
@@ -154,12 +157,91 @@ def swav(made, x, targets, ids, state):
     return np.mean(losses)
 
 
+def weighted_rows(anchors, weights, predictions, temperature):
+    """Mean over i of sum_j w_ij * -log softmax_g(a_ij . p_g / t)[i] / sum_j w_ij."""
+    total = 0.0
+    for i, (row, row_weights) in enumerate(zip(anchors, weights, strict=True)):
+        losses = [softmax_rows((vector @ unit(predictions).T / temperature)[None], [i]) for vector in row]
+        total += np.dot(row_weights, losses) / np.sum(row_weights) / BATCH
+    return total
+
+
+def snclr(made, x, targets, ids, state):
+    queue = state.setdefault("queue", reference.Queue(SIZE))
+    p = [affine(made.predictor)(affine(made.projector)(view)) for view in x]
+    t = [affine(made.average_projector)(view) for view in targets]
+    total = 0.0
+    for key, prediction in ((t[0], p[1]), (t[1], p[0])):
+        anchors, weights = [], []
+        for own in unit(key):
+            near = sorted((entry[0] for entry in queue.slots), key=lambda vector: -(vector @ own))[:4]
+            scores = np.exp([vector @ own / 0.1 for vector in near])
+            anchors.append([own, *near])
+            weights.append([1.0, *(scores / scores.sum() if near else [])])
+        total += 0.5 * weighted_rows(anchors, weights, prediction, 0.1)
+    queue.push(t[0], ids)
+    return total
+
+
+def transformer_layer(layer):
+    """A post-norm transformer encoder layer in NumPy."""
+    weights = {name: value.detach().double().numpy() for name, value in layer.named_parameters()}
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        centred /= np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return centred * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def attention(x):
+        q, k, v = np.split(x @ weights["self_attn.in_proj_weight"].T + weights["self_attn.in_proj_bias"], 3, axis=-1)
+        width = q.shape[-1] // 8
+        heads = []
+        for head in range(8):
+            part = slice(head * width, (head + 1) * width)
+            scores = np.exp(q[..., part] @ np.swapaxes(k[..., part], -1, -2) / np.sqrt(width))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v[..., part])
+        return np.concatenate(heads, -1) @ weights["self_attn.out_proj.weight"].T + weights["self_attn.out_proj.bias"]
+
+    def apply(x):
+        x = norm(x + attention(x), "norm1")
+        hidden = np.maximum(x @ weights["linear1.weight"].T + weights["linear1.bias"], 0)
+        return norm(x + hidden @ weights["linear2.weight"].T + weights["linear2.bias"], "norm2")
+
+    return apply
+
+
+def all4one(made, x, targets, ids, state):
+    queue = state.setdefault("queue", reference.Queue(SIZE))
+    z = [affine(made.projector)(view) for view in x]
+    p, c = ([affine(head)(view) for view in z] for head in (made.predictor, made.centroid_predictor))
+    t = [affine(made.average_projector)(view) for view in targets]
+    total = 0.0
+    for a in range(2):
+        sequences = []
+        for own in unit(t[a]):
+            near = sorted((entry[0] for entry in queue.slots), key=lambda vector: -(vector @ own))[:3]
+            sequences.append([*near, *[own] * (3 - len(near))])
+        centroids = transformer_layer(made.mixer)(np.array(sequences))[:, 0]
+        first = np.array([sequence[0] for sequence in sequences])
+        own = np.arange(BATCH)
+        total += 0.25 * softmax_rows(first @ unit(p[1 - a]).T / 0.2, own)
+        total += 0.25 * softmax_rows(unit(centroids) @ unit(c[1 - a]).T / 0.2, own)
+        one, two = ((view - view.mean(0)) / view.std(0) for view in (t[a], p[1 - a]))
+        correlation = one.T @ two / BATCH
+        squares = 0.0051 * (correlation**2).sum() + sum((1 - d) ** 2 - 0.0051 * d**2 for d in np.diag(correlation))
+        total += 0.5 * 5 * squares / one.shape[1]
+    queue.push(t[0], ids)
+    return total
+
+
 METHODS = {
     "byol": (lambda: BYOL(DIM, DIM, 8, 8), byol),
     "simsiam": (lambda: SimSiam(DIM, DIM, 8, 8), simsiam),
     "nn-byol": (lambda: NNBYOL(DIM, DIM, 8, 8, support_set_size=SIZE), nn_byol),
     "nn-simsiam": (lambda: NNSimSiam(DIM, DIM, 8, 8, support_set_size=SIZE), nn_simsiam),
     "msf": (lambda: MSF(DIM, DIM, 8, 8, support_set_size=SIZE, neighbour_k=3), msf),
+    "snclr": (lambda: SNCLR(DIM, DIM, 8, 8, support_set_size=SIZE, neighbour_k=4), snclr),
+    "all4one": (lambda: All4One(DIM, 8, 8, 8, support_set_size=SIZE, neighbour_k=3), all4one),
     "moco-v2": (lambda: MoCoV2(DIM, DIM, 8, support_set_size=SIZE), moco_v2),
     "moco-v3": (lambda: MoCoV3(DIM, DIM, 8, 8), moco_v3),
     "barlow-twins": (lambda: BarlowTwins(DIM, DIM, 8), barlow),
@@ -240,14 +322,16 @@ def test_momentum_rises_to_one_or_stays():
     assert momentum_at(70, base=0.99, to_one=False, total_steps=100) == 0.99
 
 
-@pytest.mark.parametrize("name", ["byol", "simsiam", "moco-v2", "moco-v3", "barlow-twins", "msf", "nn-byol"])
+@pytest.mark.parametrize(
+    "name", ["byol", "simsiam", "moco-v2", "moco-v3", "barlow-twins", "msf", "nn-byol", "snclr"]
+)
 def test_three_views_are_refused(name):
     made = METHODS[name][0]()
     with pytest.raises(ValueError, match="2 views, got 3"):
         made([torch.randn(BATCH, DIM)] * 3, [torch.randn(BATCH, DIM)] * 2, torch.arange(BATCH))
 
 
-@pytest.mark.parametrize("name", ["byol", "moco-v2", "moco-v3", "msf", "nn-byol"])
+@pytest.mark.parametrize("name", ["byol", "moco-v2", "moco-v3", "msf", "nn-byol", "snclr"])
 def test_targets_are_required(name):
     with pytest.raises(ValueError, match="needs targets"):
         METHODS[name][0]()([torch.randn(BATCH, DIM)] * 2, ids=torch.arange(BATCH))

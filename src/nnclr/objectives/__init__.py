@@ -6,6 +6,7 @@
 import difflib
 import importlib
 
+from nnclr.objectives.all4one import All4One
 from nnclr.objectives.barlow_twins import BarlowTwins
 from nnclr.objectives.byol import BYOL
 from nnclr.objectives.moco import MoCoV2, MoCoV3
@@ -15,6 +16,7 @@ from nnclr.objectives.nnclr import NNCLR, nnclr_loss
 from nnclr.objectives.objective import Objective, Output
 from nnclr.objectives.simclr import SimCLR, nt_xent_loss
 from nnclr.objectives.simsiam import SimSiam
+from nnclr.objectives.snclr import SNCLR
 from nnclr.objectives.supervised import Supervised
 from nnclr.objectives.swav import SwAV
 
@@ -29,6 +31,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "barlow-twins": BarlowTwins,
     "supervised": Supervised,
     "msf": MSF,
+    "snclr": SNCLR,
+    "all4one": All4One,
     "nn-byol": NNBYOL,
     "nn-simsiam": NNSimSiam,
 }
