@@ -1,6 +1,7 @@
 """What is learned: pixels, the untrained network, SimCLR and NNCLR on the same heads and budget.
 
     python -m benchmarks.learning demo --seeds 0 1 2
+    python -m benchmarks.learning methods --seeds 0 1 2
     python -m benchmarks.learning fashion-mnist --seeds 0 1 2
     python -m benchmarks.learning emoji --data emoji64.parquet --seeds 0
 
@@ -24,14 +25,19 @@ from nnclr.data.source import open_source
 from nnclr.encoder import Encoder, pixels
 from nnclr.evaluation.knn import cross_group_recall, knn_accuracy
 from nnclr.evaluation.linear import linear_accuracy
+from nnclr.objectives import OBJECTIVES
 from nnclr.training import build, resolve
 
 RESULTS = Path("docs/results")
 MEASURES = {
     "demo": ("kNN", "linear"),
     "fashion-mnist": ("kNN", "linear"),
+    "methods": ("kNN", "linear"),
     "emoji": ("group kNN", "subgroup kNN", "cross-family recall@1"),
 }
+
+PRESETS = {"methods": "demo"}  # where it has another name
+SMALL_SWAV = {"prototypes": 100, "swav_queue_size": 512}  # 3000 prototypes are for a million images
 
 
 def main():
@@ -44,19 +50,21 @@ def main():
         parser.error("emoji needs --data")
     data, size = {
         "demo": ("demo-photos", 32),
+        "methods": ("demo-photos", 32),
         "fashion-mnist": ("torchvision:fashion-mnist", 28),
         "emoji": (f"{options.data}?split=train&label=group", 32),
     }[options.name]
     measure = Emoji(options.data) if options.name == "emoji" else Labelled(data)
     rows = [row("raw pixels", None, measure(lambda source: pixels(source, size)), 0.0)]
     for seed in options.seeds:
-        fields = {"preset": options.name, "seed": seed}
+        fields = {"preset": PRESETS.get(options.name, options.name), "seed": seed}
         config = resolve(make_config(data, "unused", **fields), measure.train)
         untrained = Encoder(build(config, torch.device("cpu")).backbone, size)
         rows.append(row("untrained", seed, measure(untrained.embed), 0.0))
-        for objective in ("simclr", "nnclr"):
+        for objective in OBJECTIVES if options.name == "methods" else ("simclr", "nnclr"):
             out = Path("runs/learning") / f"{options.name}-{objective}-{seed}"
-            run = nnclr.pretrain(data, out, objective=objective, **fields)
+            own = SMALL_SWAV if objective == "swav" else {}
+            run = nnclr.pretrain(data, out, objective=objective, **fields, **own)
             values = measure(Encoder.from_pretrained(run.path).embed)
             rows.append(row(objective, seed, values, training_seconds(run.path)))
             save(options.name, rows, len(measure.train))
@@ -121,7 +129,7 @@ def save(name, rows, images):
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
-        "preset": (Path(nnclr.__file__).parent / "presets" / f"{name}.toml").read_text(),
+        "preset": (Path(nnclr.__file__).parent / "presets" / f"{PRESETS.get(name, name)}.toml").read_text(),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -144,7 +152,7 @@ def render():
         ]
         text += [f"on {record['machine']}, torch {record['torch']}, {record['date']}; {record['images']} images.\n"]
         text += ["| | seeds | " + " | ".join(measures) + " | training |", "|---" * (len(measures) + 3) + "|"]
-        for method in ("raw pixels", "untrained", "simclr", "nnclr"):
+        for method in dict.fromkeys(r["method"] for r in record["rows"]):
             rows = [r for r in record["rows"] if r["method"] == method]
             if rows:
                 cells = [cell([r["values"][m] for r in rows]) for m in measures]

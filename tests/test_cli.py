@@ -22,6 +22,7 @@ FLAGS = (
     "--projector-hidden-dim 16 --predictor-hidden-dim 16 --support-set-size 20 --log-every-steps 2 --num-workers 0 "
     "--precision fp32"
 ).split()
+PLAIN = "--backbone small-convnet --image-size 16 --batch-size 16 --device cpu --num-workers 0".split()
 
 
 @pytest.fixture
@@ -78,6 +79,29 @@ def test_unwritable_out_is_code_2(capsys, tmp_path, photos):
     fails(capsys, tmp_path, 2, "cannot be written", "pretrain", photos, "--out", tmp_path / "file" / "run", *FLAGS)
     fails(capsys, tmp_path, 2, "is a file", "pretrain", photos, "--out", tmp_path / "file", *FLAGS)
     fails(capsys, tmp_path, 2, "is not empty and holds no run", "pretrain", photos, "--out", photos, *FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--objective swav --support-set-size 100", "support_set_size=100 is no setting of swav; leave it out"),
+        ("--objective simclr --neighbour oracle", "neighbour='oracle' is no setting of simclr"),
+        ("--objective byol --augmentation multi-crop", "byol takes 2 views, not the 8 of multi-crop"),
+        ("--neighbour-k 5", "neighbour_k=5 needs neighbour = kth, random or soft"),
+        ("--objective bylo", "no objective is called 'bylo'; did you mean byol?"),
+        ("--objective nowhere:Method", "the objective nowhere:Method cannot be imported"),
+    ],
+)
+def test_settings_that_do_not_go_together(capsys, tmp_path, photos, flags, words):
+    fails(capsys, tmp_path, 2, words, "pretrain", photos, "--out", tmp_path / "run", *PLAIN, *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--neighbour oracle", "--objective supervised"])
+def test_labels_that_are_missing(capsys, tmp_path, photos, flags):
+    cats = photos / "cats"
+    fails(
+        capsys, tmp_path, 2, "no labels|have none", "pretrain", cats, "--out", tmp_path / "run", *PLAIN, *flags.split()
+    )
 
 
 def test_torchrun_is_refused_until_the_loop_knows_it(capsys, monkeypatch, tmp_path, photos):

@@ -3,12 +3,14 @@
 import ast
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nnclr import cli, config, errors
+from nnclr import cli, config, errors, objectives
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -59,7 +61,7 @@ def test_exit_codes_page_lists_every_error():
     assert all(f"\n| {code} |" in text for code in codes | {0, 1, 130})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/methods.md"])
 def test_python_examples_run(page, tmp_path, monkeypatch):
     """The examples, on a small folder that stands where they expect one."""
     from PIL import Image
@@ -72,8 +74,42 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
+    names = {"__name__": "example"}
     for block in blocks:
-        exec(compile(block, page, "exec"), {})
+        exec(compile(block, page, "exec"), names)
+
+
+def test_a_method_of_ones_own_is_one_file(tmp_path):
+    """The example of docs/methods.md as a file beside the user, named on the command line, stopped by nothing."""
+    page = (ROOT / "docs/methods.md").read_text()
+    block = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "(Objective)" in block)
+    assert len(block.splitlines()) <= 40
+    (tmp_path / "mean_of_three.py").write_text(block)
+    flags = "--backbone small-convnet --image-size 32 --batch-size 64 --epochs 0.1 --optimizer adamw --device cpu"
+    own = ["--objective", "mean_of_three:MeanOfThree", "--support-set-size", "100", "--embedding-dim", "16"]
+    command = [str(Path(sys.executable).with_name("nnclr")), "pretrain", "demo-photos", "--out", "run", *flags.split()]
+    answer = subprocess.run([*command, *own], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert 'objective = "mean_of_three:MeanOfThree"' in (tmp_path / "run/config.toml").read_text()
+    again = subprocess.run([*command, *own], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "it is finished" in again.stdout
+    wrong = subprocess.run(
+        [*command, *own, "--use-predictor", "False"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (wrong.returncode, "use_predictor=False is no setting of mean_of_three:MeanOfThree" in wrong.stderr) == (
+        2,
+        True,
+    )
+
+
+def test_every_method_has_its_row():
+    page = (ROOT / "docs/methods.md").read_text()
+    assert set(re.findall(r"^\| \[`([a-z0-9-]+)`\]", page, re.MULTILINE)) == set(objectives.OBJECTIVES) - own_names()
+
+
+def own_names():
+    """What other tests of this process have trained under MODULE:CLASS."""
+    return {name for name in objectives.OBJECTIVES if ":" in name}
 
 
 if __name__ == "__main__":

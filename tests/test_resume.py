@@ -15,7 +15,9 @@ from PIL import Image
 import nnclr
 from nnclr import checkpoint, training
 from nnclr.checkpoint import TrainState
+from nnclr.config import own_fields
 from nnclr.errors import Stopped
+from nnclr.objectives import OBJECTIVES
 
 STEPS_PER_EPOCH = 5  # 120 pictures, batch 24
 LAST = "step-00000020"
@@ -29,10 +31,10 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def interrupt_after(monkeypatch, steps: int) -> None:
+def interrupt_after(monkeypatch, steps: int, kind=nnclr.NNCLR) -> None:
     """Deliver SIGTERM to ourselves when the given step's support-set update is done."""
     finished = 0
-    update = nnclr.NNCLR.update
+    update = kind.update
 
     def counted(self, out):
         nonlocal finished
@@ -41,7 +43,7 @@ def interrupt_after(monkeypatch, steps: int) -> None:
         if finished == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(nnclr.NNCLR, "update", counted)
+    monkeypatch.setattr(kind, "update", counted)
 
 
 class Droppy(torch.nn.Module):
@@ -62,7 +64,7 @@ def train_twice(monkeypatch, data, tmp_path, stop_after: int, tiny, resumed=None
     torch.manual_seed(1)
     nnclr.pretrain(data, tmp_path / "whole", **{**tiny, "backbone": Droppy()})
     with monkeypatch.context() as patch:
-        interrupt_after(patch, stop_after)
+        interrupt_after(patch, stop_after, OBJECTIVES[tiny.get("objective", "nnclr")])
         torch.manual_seed(1)
         backbone = Droppy()
         with pytest.raises(Stopped) as stopped:
@@ -104,7 +106,38 @@ def test_streamed_images_and_other_workers(monkeypatch, tmp_path, tiny, stop_aft
     assert "050.png" in (tmp_path / "parts/bad_samples.jsonl").read_text()
 
 
+AVERAGED = {"moco-v2", "moco-v3", "byol", "msf", "snclr", "all4one", "nn-byol"}
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_every_method_resumes(monkeypatch, pictures, tmp_path, tiny, objective):
+    unused = own_fields() - set(OBJECTIVES[objective].settings)
+    tiny = {name: value for name, value in tiny.items() if name not in unused} | {"objective": objective}
+    if objective == "swav":
+        tiny |= {"prototypes": 10, "swav_queue_size": 48}
+    whole, parts = train_twice(monkeypatch, pictures, tmp_path, 7, tiny)
+    assert same(whole, parts)
+    assert all(value.isfinite().all() for value in whole.values() if value.is_floating_point())
+    assert any(name.startswith("average.") for name in whole) == (objective in AVERAGED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ema_momentum": 0.9, "exclude_own_id": True},
+        {"neighbour": "random", "neighbour_k": 4, "replacement": "random"},
+        {"neighbour": "oracle", "augmentation": "multi-crop", "small_views": 2, "small_view_size": 8},
+    ],
+    ids=["momentum", "random", "oracle multi-crop"],
+)
+def test_options_resume(monkeypatch, pictures, tmp_path, tiny, options):
+    whole, parts = train_twice(monkeypatch, pictures, tmp_path, 7, tiny | options)
+    assert same(whole, parts)
+
+
 FORGOTTEN = {
+    "averaged backbone": lambda name: name.startswith("average.") and name.endswith("weight"),
+    "averaged projector": lambda name: name.startswith("objective.average_projector") and name.endswith("weight"),
     "support set": lambda name: name.startswith("objective.support_set.vectors"),
     "support set pointer": lambda name: name == "objective.support_set.enqueued",
     "support set ages": lambda name: name == "objective.support_set.born",
@@ -130,6 +163,7 @@ def test_control_forgetting_a_piece_of_state_is_noticed(monkeypatch, pictures, t
         restore(self, kept)
 
     monkeypatch.setattr(TrainState, "restore", forgetful)
+    tiny["ema_momentum"] = 0.9 if "averaged" in piece else None
     tiny["support_set_size"] = 401  # so large that entries from before the stop are there at the end
     whole, parts = train_twice(monkeypatch, pictures, tmp_path, 7, tiny)
     assert not same(whole, parts)

@@ -111,6 +111,8 @@ def pretrain(arguments: list[str]) -> None:
         description="Train a backbone without labels; run the same command again to resume.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+    if ":" in config.objective:
+        sys.path.insert(0, "")  # MODULE:CLASS may lie in the working directory, as with python -m
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     run_pretrain(**{name: value for name, value in values.items() if value != getattr(default, name)})
 

@@ -30,7 +30,7 @@ from nnclr.evaluation.result import append
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
-from nnclr.objectives import NNCLR, Objective, Output, find_objective
+from nnclr.objectives import NNCLR, OBJECTIVES, Objective, Output, find_objective
 from nnclr.optim import create_optimizer, learning_rate
 from nnclr.progress import Reporter, Window, metrics_line
 from nnclr.run_folder import Run
@@ -72,10 +72,11 @@ def pretrain(
     if backbone is not None:
         own = isinstance(backbone, nn.Module)
         fields["backbone"] = f"module:{type(backbone).__name__}" if own else backbone
-    if objective is not None:
-        fields["objective"] = (
-            objective if isinstance(objective, str) else f"{objective.__module__}:{objective.__qualname__}"
-        )
+    if isinstance(objective, type):
+        fields["objective"] = f"{objective.__module__}:{objective.__qualname__}"
+        OBJECTIVES[fields["objective"]] = objective  # found by this name wherever it was defined
+    elif objective is not None:
+        fields["objective"] = objective
     source = open_source(data)
     test = test_split(data) if test_data is None else open_source(test_data)
     config = make_config(
@@ -183,9 +184,7 @@ def resolve(config: Config, source: Source) -> Config:
         defaults["support_set_size"] = max(config.batch_size, min(PAPER_SUPPORT_SET, len(source) // 2))
     views = make_views(config)
     if len(views) > 2 and not kind.multi_crop:
-        raise InputError(
-            f"{config.objective} takes 2 views, and --augmentation {config.augmentation} makes {len(views)}"
-        )
+        raise InputError(f"{config.objective} takes 2 views, not the {len(views)} of {config.augmentation}")
     device = choose_device(config.device)
     return dataclasses.replace(
         config,

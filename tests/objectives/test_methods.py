@@ -281,7 +281,9 @@ def test_losses_agree_over_several_steps(name):
 
 
 def test_every_shipped_method_has_a_reference():
-    assert set(OBJECTIVES) - {"nnclr", "simclr"} == set(METHODS)  # these two have files of their own
+    assert {name for name in OBJECTIVES if ":" not in name} - {"nnclr", "simclr"} == set(
+        METHODS
+    )  # these two have files of their own
 
 
 def test_msf_with_one_neighbour_is_byol():
@@ -322,9 +324,7 @@ def test_momentum_rises_to_one_or_stays():
     assert momentum_at(70, base=0.99, to_one=False, total_steps=100) == 0.99
 
 
-@pytest.mark.parametrize(
-    "name", ["byol", "simsiam", "moco-v2", "moco-v3", "barlow-twins", "msf", "nn-byol", "snclr"]
-)
+@pytest.mark.parametrize("name", ["byol", "simsiam", "moco-v2", "moco-v3", "barlow-twins", "msf", "nn-byol", "snclr"])
 def test_three_views_are_refused(name):
     made = METHODS[name][0]()
     with pytest.raises(ValueError, match="2 views, got 3"):
