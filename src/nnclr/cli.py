@@ -50,6 +50,16 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Train a grid of runs with seeds; one table and plot at the end, and the same command goes on where it was."""
+
+    spec: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SPEC.toml")]]
+    """TOML file with data, preset, seeds, [settings] and [grid]; benchmarks/ablations holds the paper's."""
+    out: str | None = None
+    """Folder of the runs, the table and the plot; default runs/sweep-NAME."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Show versions and devices; with a run folder or data, what was found there."""
 
@@ -64,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo,
         "pretrain": pretrain,
         "evaluate": evaluate,
+        "sweep": sweep,
         "info": info,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -141,6 +152,16 @@ def evaluate(arguments: list[str]) -> None:
     print(json.dumps(asdict(result), indent=2))
 
 
+def sweep(arguments: list[str]) -> None:
+    """`nnclr sweep`."""
+    from nnclr.sweep import run_sweep
+
+    options = tyro.cli(Sweep, args=arguments, prog="nnclr sweep", description=Sweep.__doc__)
+    spec = Path(options.spec)
+    table = run_sweep(spec, Path("runs") / f"sweep-{spec.stem}" if options.out is None else Path(options.out))
+    print(f"\n{table.read_text()}\n{table}")
+
+
 def info(arguments: list[str]) -> None:
     """`nnclr info`."""
     import torch
@@ -205,6 +226,7 @@ def _usage() -> str:
   nnclr demo                                 about a minute on two CPU cores, shipped images, no network
   nnclr pretrain DATA --out RUN [--preset P] [--epochs N ...]
   nnclr evaluate RUN_OR_ENCODER DATA --protocol knn|linear
+  nnclr sweep SPEC.toml [--out DIR]          a grid of runs with seeds, one table and plot
   nnclr info [RUN|DATA]                      versions and devices; what a run or a data set holds
 
 DATA is a folder of images, FILE.parquet, torchvision:NAME or demo-photos. `nnclr COMMAND --help` explains the flags."""

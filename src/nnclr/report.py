@@ -125,6 +125,34 @@ def draw_curves(run: Path) -> Path | None:
     return path
 
 
+def draw_sweep(path: Path, title: str, labels: list[str], rows: list[dict[str, Any]]) -> None:
+    """Draw each combination's values, mean and interval; nothing where matplotlib is not installed.
+
+    Args:
+        path: PNG to write.
+        title: of the axis of combinations.
+        labels: one a combination.
+        rows: `values`, `mean` and `interval` (None for one seed) of each, as shares.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(max(4.0, 1.1 * len(rows) + 2), 4), layout="constrained")
+    panel = figure.subplots()
+    spread = [100 * (row["interval"] or 0.0) for row in rows]
+    panel.errorbar(range(len(rows)), [100 * row["mean"] for row in rows], yerr=spread, fmt="o", capsize=4)
+    for position, row in enumerate(rows):
+        panel.plot([position] * len(row["values"]), [100 * v for v in row["values"]], ".", color="grey", alpha=0.6)
+    panel.set_xticks(range(len(rows)), labels, rotation=30 if len(rows) > 5 else 0)
+    panel.set_xlabel(title)
+    panel.set_ylabel("kNN accuracy in %, mean and 95 % interval")
+    panel.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getvalue())
+
+
 def _plot(panel: Any, title: str, metrics: list[dict[str, Any]], names: dict[str, str]) -> None:
     for name, label in names.items():
         points = [(line["step"], line[name]) for line in metrics if name in line]

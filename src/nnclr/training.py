@@ -89,6 +89,11 @@ def pretrain(
     return train(config, source, test, backbone if isinstance(backbone, nn.Module) else None, quiet)
 
 
+def check_settings(data: str, out: str | Path, preset: str | None = None, **fields: Any) -> None:
+    """Raise the InputError with which `pretrain` would refuse these settings, without looking at the data."""
+    make_config(data, str(out), preset, **fields)
+
+
 def train(
     config: Config,
     source: Source,
