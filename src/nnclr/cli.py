@@ -109,23 +109,44 @@ def pretrain(arguments: list[str]) -> None:
     from nnclr.config import Config, load_preset
     from nnclr.training import pretrain as run_pretrain
 
+    dry_run = "--dry-run" in arguments
+    arguments = [argument for argument in arguments if argument != "--dry-run"]
     preset = _preset(arguments)
     defaults: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING}
     if preset is not None:
         defaults |= load_preset(preset)
-    default = Config(**defaults)
+    default = Config(**defaults | ({"out": "unused"} if dry_run else {}))
     config = tyro.cli(
         Config,
         default=default,
         args=arguments,
         prog="nnclr pretrain",
-        description="Train a backbone without labels; run the same command again to resume.",
+        description="Train a backbone without labels; run the same command again to resume. With --dry-run: show what "
+        "the run would be, try two steps of it, and leave nothing behind.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
     if ":" in config.objective:
         sys.path.insert(0, "")  # MODULE:CLASS may lie in the working directory, as with python -m
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    run_pretrain(**{name: value for name, value in values.items() if value != getattr(default, name)})
+    given = {name: value for name, value in values.items() if value != getattr(default, name)}
+    if dry_run:
+        _print_dry_run(given)
+    else:
+        run_pretrain(**given)
+
+
+def _print_dry_run(given: dict[str, Any]) -> None:
+    import torch
+
+    from nnclr.config import make_config
+    from nnclr.data.source import open_source
+    from nnclr.dry_run import dry_run
+    from nnclr.training import build, make_views, resolve, train
+
+    source = open_source(given["data"])
+    config = resolve(make_config(**{"out": "unused"} | given), source)
+    state = build(config, torch.device(config.device), labels=source.labels)
+    print(dry_run(config, source, state, [view.size for view in make_views(config)], train))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -224,7 +245,7 @@ def _usage() -> str:
     return """usage: nnclr COMMAND ...
 
   nnclr demo                                 about a minute on two CPU cores, shipped images, no network
-  nnclr pretrain DATA --out RUN [--preset P] [--epochs N ...]
+  nnclr pretrain DATA --out RUN [--preset P] [--epochs N ...] [--dry-run]
   nnclr evaluate RUN_OR_ENCODER DATA --protocol knn|linear
   nnclr sweep SPEC.toml [--out DIR]          a grid of runs with seeds, one table and plot
   nnclr info [RUN|DATA]                      versions and devices; what a run or a data set holds
