@@ -260,7 +260,11 @@ def test_an_installed_copy_is_found(installed):
     assert test_split("some/folder") is None
 
 
-@pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03" + bytes(12) + b"too much")])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03" + bytes(12) + b"too much", mtime=0)],
+    ids=["empty", "no gzip", "short"],
+)
 def test_a_damaged_copy_is_named(installed, damage):
     (installed / "train-images-idx3-ubyte.gz").write_bytes(damage)
     with pytest.raises(InputError, match="not a readable IDX file"):
