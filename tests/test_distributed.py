@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch.multiprocessing as mp
 
 import nnclr
 from nnclr.distributed import gather, rank, world_size
+from tests.objectives.test_methods import METHODS, linear_heads
 
 BATCH, DIM = 12, 6
+NEED_EVERYONE = ("barlow-twins", "moco-v2", "moco-v3", "swav", "snclr", "all4one", "nn-byol", "nn-simsiam", "msf")
 multiprocessing.set_forkserver_preload(["torch", "timm", "torchvision", "nnclr"])  # import once, not in every process
 
 
@@ -47,6 +50,24 @@ def train(rows, average):
     return losses, torch.stack(gradients), made.support_set
 
 
+def train_method(name, rows, average):
+    """Mean losses, gradients and the whole state of a compared method after 4 steps on these rows."""
+    torch.manual_seed(0)
+    made, report = linear_heads(METHODS[name][0]()), {"losses": [], "gradients": []}
+    for step in range(4):
+        (views, ids), (targets, _) = data(step), data(100 + step)
+        made.zero_grad()
+        out = made([view[rows] for view in views], [target[rows] for target in targets], ids[rows] % 100)
+        out.loss.backward()
+        loss = out.loss.detach().clone()
+        for tensor in [loss, *(p.grad for p in made.parameters() if p.requires_grad)]:
+            average(tensor)
+        report["losses"].append(loss.item())
+        report["gradients"].append(torch.cat([p.grad.flatten() for p in made.parameters() if p.requires_grad]))
+        made.update(out)
+    return report | {"state": {key: value.clone() for key, value in made.state_dict().items()}}
+
+
 def average(tensor):
     dist.all_reduce(tensor)
     tensor /= world_size()
@@ -66,6 +87,14 @@ def worker(number, world, folder):
         own = views[1][rows].double().requires_grad_()
         function(views[0][rows].double(), own, 0.1).backward()
         report[name] = own.grad
+
+    report["methods"] = {name: train_method(name, rows, average) for name in METHODS}
+    report["local"] = {}  # control: each rank by itself
+    for name in NEED_EVERYONE:
+        module = sys.modules[type(METHODS[name][0]()).__module__]
+        module.gather, real = lambda x: x.repeat(world, *[1] * (x.ndim - 1)), module.gather
+        report["local"][name] = train_method(name, rows, average)
+        module.gather = real
 
     # control: a gather that returns no gradient for the other ranks' losses
     broken = nnclr.objectives.nnclr
@@ -115,6 +144,18 @@ def test_ranks_equal_one_process(world, tmp_path):
         predictions = views[1].double().requires_grad_()
         function(views[0].double(), predictions, 0.1).backward()
         single[name] = predictions.grad
+    for name in METHODS:
+        alone = train_method(name, slice(None), lambda tensor: None)
+        for made in (report["methods"][name] for report in reports):
+            np.testing.assert_allclose(made["losses"], alone["losses"], rtol=1e-5, atol=1e-6, err_msg=name)
+            for own, expected_gradient in zip(made["gradients"], alone["gradients"], strict=True):
+                assert (own - expected_gradient).norm() <= 1e-5 * expected_gradient.norm() + 1e-7, name
+            for key, value in alone["state"].items():
+                torch.testing.assert_close(made["state"][key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
+    for name, made in reports[0]["local"].items():
+        alone = reports[0]["methods"][name]
+        same = {key: torch.equal(made["state"][key], value) for key, value in alone["state"].items()}
+        assert not all(same.values()) or not np.allclose(made["losses"], alone["losses"], rtol=1e-4), name
     for number, report in enumerate(reports):
         np.testing.assert_allclose(report["losses"], losses, rtol=1e-6)
         assert (report["gradients"] - gradients).norm() <= 1e-6 * gradients.norm()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks import lines
 
 from nnclr import cli, config, errors, objectives
 
@@ -105,6 +106,15 @@ def test_a_method_of_ones_own_is_one_file(tmp_path):
 def test_every_method_has_its_row():
     page = (ROOT / "docs/methods.md").read_text()
     assert set(re.findall(r"^\| \[`([a-z0-9-]+)`\]", page, re.MULTILINE)) == set(objectives.OBJECTIVES) - own_names()
+
+
+def test_line_numbers_are_those_of_today():
+    page = ROOT / lines.PAGE
+    assert lines.renumbered(page.read_text(), page) == page.read_text(), "run python -m benchmarks.lines"
+    moved = page.read_text().replace("#L", "#L1", 1)  # control
+    assert lines.renumbered(moved, page) == page.read_text() != moved
+    with pytest.raises(KeyError):
+        lines.renumbered("[`NoSuchName`](../src/nnclr/optim.py#L1)", page)
 
 
 def own_names():

@@ -197,3 +197,13 @@ def test_with_its_own_view_as_neighbour_nnclr_is_simclr_with_a_predictor():
     direct = 0.5 * (nnclr.nnclr_loss(z[0], p[1]) + nnclr.nnclr_loss(z[1], p[0]))
     for loss in (empty, found.loss):
         assert loss.item() == pytest.approx(direct.item(), rel=1e-6)
+
+
+def test_averaged_weights_of_momentum_zero_are_the_weights(pictures, tmp_path, tiny):
+    """The baseline of the momentum ablation is the paper's method, bit for bit, through the whole loop."""
+    encoders = [
+        nnclr.Encoder.from_pretrained(nnclr.pretrain(pictures, tmp_path / str(momentum), **tiny, **options).path)
+        for momentum, options in ((None, {}), (0, {"ema_momentum": 0.0}), (0.5, {"ema_momentum": 0.5}))
+    ]
+    assert encoders[0].fingerprint == encoders[1].fingerprint
+    assert encoders[0].fingerprint != encoders[2].fingerprint  # control
