@@ -22,10 +22,11 @@ import torch
 import nnclr
 from nnclr.config import make_config
 from nnclr.data.source import open_source
-from nnclr.encoder import Encoder, pixels
+from nnclr.encoder import Encoder
 from nnclr.evaluation.knn import cross_group_recall, knn_accuracy
 from nnclr.evaluation.linear import linear_accuracy
 from nnclr.objectives import OBJECTIVES
+from nnclr.pretrained import pixel_encoder
 from nnclr.training import build, resolve
 
 RESULTS = Path("docs/results")
@@ -55,7 +56,7 @@ def main():
         "emoji": (f"{options.data}?split=train&label=group", 32),
     }[options.name]
     measure = Emoji(options.data) if options.name == "emoji" else Labelled(data)
-    rows = [row("raw pixels", None, measure(lambda source: pixels(source, size)), 0.0)]
+    rows = [row("raw pixels", None, measure(pixel_encoder(size).embed), 0.0)]
     for seed in options.seeds:
         fields = {"preset": PRESETS.get(options.name, options.name), "seed": seed}
         config = resolve(make_config(data, "unused", **fields), measure.train)

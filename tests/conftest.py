@@ -14,6 +14,12 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Features that a test computes are no other's, and not the user's."""
+    monkeypatch.setenv("NNCLR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def pictures():
     """120 random 16 x 16 pictures of 4 classes: a class colour under noise, and the labels."""

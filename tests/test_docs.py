@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from benchmarks import lines
 
-from nnclr import cli, config, errors, objectives
+from nnclr import cli, config, errors, evaluation, objectives
+from nnclr.data.transfer_sets import TRANSFER_SETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -40,10 +41,14 @@ def test_configuration_page_is_the_dataclass():
 def test_every_flag_in_the_documents_exists():
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config.Config)}
     flags |= {
-        "--" + field.name.replace("_", "-") for kind in (cli.Demo, cli.Evaluate) for field in dataclasses.fields(kind)
+        "--" + field.name.replace("_", "-")
+        for kind in (cli.Demo, cli.Evaluate, cli.Compare)
+        for field in dataclasses.fields(kind)
     }
     for page in PAGES:
-        for command in re.findall(r"^\s*nnclr (?:pretrain|evaluate|demo).*(?:\\\n.*)*", page.read_text(), re.MULTILINE):
+        for command in re.findall(
+            r"^\s*nnclr (?:pretrain|evaluate|demo|compare).*(?:\\\n.*)*", page.read_text(), re.MULTILINE
+        ):
             for flag in re.findall(r"--[a-z][a-z-]*", command):
                 assert flag in flags, f"{page.name}: {flag}"
 
@@ -62,7 +67,7 @@ def test_exit_codes_page_lists_every_error():
     assert all(f"\n| {code} |" in text for code in codes | {0, 1, 130})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/methods.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/methods.md", "docs/evaluation.md"])
 def test_python_examples_run(page, tmp_path, monkeypatch):
     """The examples, on a small folder that stands where they expect one."""
     from PIL import Image
@@ -115,6 +120,15 @@ def test_line_numbers_are_those_of_today():
     assert lines.renumbered(moved, page) == page.read_text() != moved
     with pytest.raises(KeyError):
         lines.renumbered("[`NoSuchName`](../src/nnclr/optim.py#L1)", page)
+
+
+def test_evaluation_page_lists_every_protocol_and_transfer_set():
+    page = (ROOT / "docs/evaluation.md").read_text()
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)) == set(evaluation.PROTOCOLS)
+    rows = re.findall(r"^\| (.+) \(`(\w+)`\) \| `(.+)` \| (.+) \| (\d+) / (\d+) / (\d+) \|$", page, re.MULTILINE)
+    for row, known in zip(rows, TRANSFER_SETS.values(), strict=True):
+        sizes = tuple(map(int, row[4:]))
+        assert (*row[:4], sizes) == (known.title, known.key, known.folders[0], known.metric, known.sizes)
 
 
 def own_names():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nnclr.objectives.objective import Objective, Output
     from nnclr.objectives.simclr import SimCLR, nt_xent_loss
     from nnclr.optim import LARS
+    from nnclr.pretrained import open_encoder
     from nnclr.run_folder import Run
     from nnclr.support_set import Neighbours, SupportSet
     from nnclr.training import pretrain
@@ -35,6 +36,7 @@ _HOME = {
     "evaluate": "nnclr.evaluation",
     "nnclr_loss": "nnclr.objectives.nnclr",
     "nt_xent_loss": "nnclr.objectives.simclr",
+    "open_encoder": "nnclr.pretrained",
     "pretrain": "nnclr.training",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "evaluate",
     "nnclr_loss",
     "nt_xent_loss",
+    "open_encoder",
     "pretrain",
 ]
 

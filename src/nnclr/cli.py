@@ -27,26 +27,69 @@ class Demo:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure an encoder on labelled images and print one result record."""
+    """Measure an encoder on labelled images and print one result record.
+
+    Options below the first six belong to protocols, which are named in brackets; docs/evaluation.md explains them.
+    """
 
     encoder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_OR_ENCODER")]]
-    """Run folder, or encoder folder."""
+    """Run or encoder folder, timm:NAME, torchvision:NAME[?weights=FILE], random:BACKBONE[?size=224], or pixels."""
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """Labelled images that the protocol may learn from."""
+    """Labelled images that the protocol may learn from; for transfer the folder that holds the data sets."""
+    protocol: Literal[
+        "knn", "linear", "logistic", "finetune", "transfer", "label-free", "retrieval", "few-shot", "label-curve"
+    ] = "knn"
+    """What is measured."""
     test: str | None = None
-    """Labelled images to be scored; else the data's own test split, else a tenth of the data."""
-    protocol: Literal["knn", "linear"] = "knn"
-    """knn: weighted vote of the nearest training images; linear: a classifier on frozen features."""
-    k: int = 20
-    """Neighbours that vote (knn)."""
-    temperature: float = 0.07
-    """Temperature of the votes (knn)."""
+    """Labelled images to be scored; else the data's own test split, else a tenth of each class."""
+    baselines: bool = False
+    """Measure raw pixels and the same architecture untrained as well."""
+    out: str | None = None
+    """File of result lines to add to; default evaluations.jsonl and baselines.jsonl of a run folder."""
     device: str = "cpu"
-    """Where the encoder runs."""
+    """Where the encoder runs: cpu, cuda or cuda:N."""
     num_workers: int = 2
     """Threads that decode images."""
     seed: int = 0
-    """Seed of splits and of the linear classifier."""
+    """Seed of splits, orders and resampling."""
+    k: tuple[int, ...] | None = None
+    """Neighbours that vote; several are chosen from by leave-one-out; default 20 (knn)."""
+    temperature: tuple[float, ...] | None = None
+    """Temperature of the votes, or several; default 0.07 (knn)."""
+    augmentation: bool | None = None
+    """Train on random crops and flips instead of on one view (linear)."""
+    fraction: float | None = None
+    """Share of the labels of each class, for example 0.01 or 0.1; default 1 (finetune)."""
+    subset: str | None = None
+    """List of image names instead of a fraction: a file, an https address, simclr-1percent or simclr-10percent."""
+    epochs: int | None = None
+    """Passes over the labelled images (linear, finetune, transfer by finetune)."""
+    learning_rates: tuple[float, ...] | None = None
+    """Candidates, per 256 images, chosen from on a hold-out (linear, finetune)."""
+    by: Literal["logistic", "finetune"] | None = None
+    """Logistic regression on frozen features, or the whole network (transfer)."""
+    sets: tuple[str, ...] | None = None
+    """Data sets by key, for example cifar10 pets; default all twelve (transfer)."""
+    download: bool | None = None
+    """Fetch what is not there through torchvision (transfer)."""
+    shots: tuple[int, ...] | None = None
+    """Images to learn from, a class; default 1 5 10 (few-shot)."""
+    budgets: tuple[int, ...] | None = None
+    """Labels a class; default 1 2 5 10 20 50 100 (label-curve)."""
+    repeats: int | None = None
+    """Draws of the labelled images; default 3 (label-curve)."""
+    from_scratch: bool | None = None
+    """Also train a supervised network from scratch; default yes (label-curve)."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """One table of what was measured on several runs: the latest figure of each kind, with its interval."""
+
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")]]
+    """Run folders, or files of result lines."""
+    out: str | None = None
+    """Folder for compare.md, compare.csv and compare.png."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo,
         "pretrain": pretrain,
         "evaluate": evaluate,
+        "compare": compare,
         "sweep": sweep,
         "info": info,
     }
@@ -149,28 +193,89 @@ def _print_dry_run(given: dict[str, Any]) -> None:
     print(dry_run(config, source, state, [view.size for view in make_views(config)], train))
 
 
-def evaluate(arguments: list[str]) -> None:
-    """`nnclr evaluate`."""
-    from nnclr.encoder import Encoder
-    from nnclr.evaluation import evaluate as run_evaluate
-    from nnclr.evaluation.result import append
+_OF_ALL_PROTOCOLS = ("encoder", "data", "protocol", "test", "baselines", "out", "device", "num_workers", "seed")
 
-    options = tyro.cli(Evaluate, args=arguments, prog="nnclr evaluate", description=Evaluate.__doc__)
-    parameters = {"k": options.k, "temperature": options.temperature} if options.protocol == "knn" else {}
-    encoder = Encoder.from_pretrained(options.encoder, options.device)
-    result = run_evaluate(
-        encoder,
-        options.data,
-        options.test,
-        protocol=options.protocol,
-        num_workers=options.num_workers,
-        seed=options.seed,
-        **parameters,
+
+def evaluate(arguments: list[str]) -> None:
+    """`nnclr evaluate`: progress on standard error, the records as JSON on standard output."""
+    from nnclr.device import choose_device
+    from nnclr.evaluation import check_parameters
+    from nnclr.evaluation import evaluate as run_evaluate
+    from nnclr.evaluation.result import Result, append
+    from nnclr.pretrained import baselines, open_encoder
+
+    options = tyro.cli(
+        Evaluate,
+        args=arguments,
+        prog="nnclr evaluate",
+        description=Evaluate.__doc__,
     )
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    given = {name: v for name, v in values.items() if v is not None and name not in _OF_ALL_PROTOCOLS}
+    check_parameters(options.protocol, given)
+    device = choose_device(options.device)
     folder = Path(options.encoder)
-    if (folder / "config.toml").is_file():
-        append(result, folder / "evaluations.jsonl")
-    print(json.dumps(asdict(result), indent=2))
+    own, others = _result_files(folder, options.out)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def measure(encoder: Any, file: Path | None) -> Result:
+        result = run_evaluate(
+            encoder,
+            options.data,
+            options.test,
+            protocol=options.protocol,
+            num_workers=options.num_workers,
+            seed=options.seed,
+            say=say,
+            **given,
+        )
+        if file is not None:
+            append(result, file)
+        say(result.in_words())
+        return result
+
+    encoder = open_encoder(options.encoder, device)
+    results = [measure(encoder, own)]
+    if options.baselines:
+        results += [measure(baseline, others) for baseline in baselines(encoder, options.seed)]
+    _show(results, folder if own is not None and options.out is None else None, say)
+    records = [asdict(result) for result in results]
+    print(json.dumps(records if options.baselines else records[0], indent=2))
+
+
+def _result_files(folder: Path, out: str | None) -> tuple[Path | None, Path | None]:
+    """Where results of the encoder and of baselines are added."""
+    if out is not None:
+        return Path(out), Path(out)
+    is_run = (folder / "config.toml").is_file()
+    return (folder / "evaluations.jsonl", folder / "baselines.jsonl") if is_run else (None, None)
+
+
+def _show(results: list[Any], folder: Path | None, say: Callable[[str], None]) -> None:
+    """What a protocol has beside its number: a table, a curve."""
+    from nnclr.evaluation.transfer import table
+    from nnclr.report import draw_label_curve
+
+    for result in results:
+        if result.protocol == "transfer":
+            say(table(result.details, result.encoder_name))
+        elif result.protocol == "label-curve":
+            say(result.details["in_words"])
+    if folder is not None and results[0].protocol == "label-curve":
+        draw_label_curve(folder / "label-curve.png", results[0].details["curve"])
+        say(f"curve: {folder / 'label-curve.png'}")
+
+
+def compare(arguments: list[str]) -> None:
+    """`nnclr compare`."""
+    from nnclr.compare import compare as make_table
+
+    options = tyro.cli(Compare, args=arguments, prog="nnclr compare", description=Compare.__doc__)
+    if not options.runs:
+        raise InputError("name at least one run folder, or file of result lines, to compare")
+    print(make_table(list(options.runs), None if options.out is None else Path(options.out)), end="")
 
 
 def sweep(arguments: list[str]) -> None:
@@ -246,7 +351,9 @@ def _usage() -> str:
 
   nnclr demo                                 about a minute on two CPU cores, shipped images, no network
   nnclr pretrain DATA --out RUN [--preset P] [--epochs N ...] [--dry-run]
-  nnclr evaluate RUN_OR_ENCODER DATA --protocol knn|linear
+  nnclr evaluate RUN_OR_ENCODER DATA --protocol knn|linear|logistic|finetune|transfer|label-free|retrieval|few-shot|
+                 label-curve [--fraction 0.01] [--baselines]
+  nnclr compare RUN... [--out DIR]           one table and plot of what was measured
   nnclr sweep SPEC.toml [--out DIR]          a grid of runs with seeds, one table and plot
   nnclr info [RUN|DATA]                      versions and devices; what a run or a data set holds
 

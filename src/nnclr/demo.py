@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from nnclr.data.source import open_source
-from nnclr.encoder import pixels
 from nnclr.evaluation.knn import knn_accuracy
+from nnclr.pretrained import pixel_encoder
 from nnclr.progress import duration
 from nnclr.run_folder import Run
 from nnclr.training import pretrain
@@ -28,7 +28,8 @@ def run_demo(out: Path, seed: int) -> Run:
     assert train.labels is not None
     assert test.labels is not None
     assert train.class_names is not None
-    raw = knn_accuracy(pixels(train, 32), train.labels, pixels(test, 32), test.labels, len(train.class_names))
+    pixels = pixel_encoder(32).embed
+    raw = knn_accuracy(pixels(train), train.labels, pixels(test), test.labels, len(train.class_names))
     run = pretrain("demo-photos", out, preset="demo", test_data="demo-photos?split=test", seed=seed)
     knn = [line["value"] for line in run.evaluations if line["protocol"] == "knn"]
     purity = [line["neighbour_purity"] for line in run.metrics if "neighbour_purity" in line]

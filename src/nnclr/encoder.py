@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnclr.checkpoint import write_atomically
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_image, normalize
@@ -36,11 +36,13 @@ class Encoder:
 
     Args:
         module: any module that maps (n, 3, image_size, image_size) to (n, d).
-        image_size: pixels. Up to 64 the centre square is resized to it; above, the shorter side is resized
-            to 256/224 of it and the centre is cut out.
+        image_size: pixels.
         mean: of the input normalisation, per channel, on the scale of 0 to 1.
         std: of the input normalisation.
         provenance: where the weights come from: backbone name, run, step, data.
+        crop_pct: the shorter side is resized to image_size / crop_pct and the centre is cut out; default 1 up to
+            64 pixels and 224/256 above.
+        name: how it was asked for; empty for a module of your own.
     """
 
     module: nn.Module
@@ -48,6 +50,23 @@ class Encoder:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     provenance: dict[str, Any] = field(default_factory=dict)
+    crop_pct: float | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.crop_pct is None:
+            self.crop_pct = 1.0 if self.image_size <= SMALL_IMAGE else 0.875
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to an image before the module sees it."""
+        return {
+            "image_size": self.image_size,
+            "crop_pct": self.crop_pct,
+            "interpolation": "bicubic",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +83,6 @@ class Encoder:
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
     def embed(self, data: Any, batch_size: int = 256, num_workers: int = 2) -> np.ndarray:
         """Features of all images, in evaluation mode and float32 whatever the state of the module.
 
@@ -79,15 +97,10 @@ class Encoder:
         Raises:
             InputError: if the data cannot be opened.
         """
-        source = open_source(data)
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            return np.concatenate(list(self._batches(source, batch_size, num_workers)))
-        finally:
-            self.module.train(was_training)
+        return np.concatenate(list(self.embed_batches(open_source(data), batch_size, num_workers)))
 
-    def _batches(self, source: Source, batch_size: int, num_workers: int) -> Iterator[np.ndarray]:
+    def embed_batches(self, source: Source, batch_size: int = 256, num_workers: int = 2) -> Iterator[np.ndarray]:
+        """The rows of `embed`, (batch, d) float32 at a time."""
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
             for start in range(0, len(source), batch_size):
                 rows = range(start, min(start + batch_size, len(source)))
@@ -95,14 +108,24 @@ class Encoder:
                 readable = torch.tensor([image is not None for image in decoded])
                 blank = np.zeros((3, self.image_size, self.image_size), np.uint8)
                 images = torch.from_numpy(np.stack([blank if i is None else i for i in decoded])).to(self.device)
-                with torch.autocast(self.device.type, enabled=False):
-                    features = self.module(normalize(images.float() / 255, self.mean, self.std)).float().cpu()
+                features = self.features(normalize(images.float() / 255, self.mean, self.std)).cpu()
                 features[~readable] = torch.nan
                 yield features.numpy()
 
+    @torch.no_grad()
+    def features(self, views: Tensor) -> Tensor:
+        """Features (n, d) float32 of normalised images (n, 3, s, s), in evaluation mode and float32."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                return self.module(views.float()).float()  # type: ignore[no-any-return]
+        finally:
+            self.module.train(was_training)
+
     def _image(self, source: Source, i: int) -> np.ndarray | None:
         try:
-            return eval_image(source.read(i), self.image_size)
+            return eval_image(source.read(i), self.image_size, self.crop_pct)
         except BadImage:
             return None
 
@@ -121,13 +144,13 @@ class Encoder:
     def _config(self) -> dict[str, Any]:
         backbone = str(self.provenance.get("backbone", type(self.module).__name__))
         width = feature_dim(self.module, self.image_size)
-        size, small = self.image_size, self.image_size <= SMALL_IMAGE
+        size = self.image_size
         pretrained = {
             "architecture": timm_name(backbone) or backbone,
             "input_size": [3, size, size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
-            "crop_pct": 1.0 if small else 0.875,
+            "crop_pct": self.crop_pct,
             "crop_mode": "center",
             "mean": list(self.mean),
             "std": list(self.std),
@@ -174,20 +197,10 @@ class Encoder:
                 tuple(pretrained["mean"]),
                 tuple(pretrained["std"]),
                 ours["provenance"],
+                float(pretrained["crop_pct"]),
+                str(path),
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"the encoder in {folder} cannot be loaded: {reason}") from error
         return encoder
-
-
-def pixels(data: Any, image_size: int, num_workers: int = 2) -> np.ndarray:
-    """Raw pixels as features, the baseline that an encoder has to beat.
-
-    Returns:
-        (n, 3 * image_size ** 2) float32, the evaluation images on the scale of 0 to 1, minus their mean colour.
-    """
-    encoder = Encoder(nn.Flatten(), image_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    features = encoder.embed(data, num_workers=num_workers)
-    centred: np.ndarray = features - features.mean(axis=1, keepdims=True)
-    return centred

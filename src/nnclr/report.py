@@ -118,10 +118,8 @@ def draw_curves(run: Path) -> Path | None:
     for panel in panels:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
     path = run / "curves.png"
-    write_atomically(path, buffer.getvalue())
+    _save(figure, path)
     return path
 
 
@@ -148,6 +146,77 @@ def draw_sweep(path: Path, title: str, labels: list[str], rows: list[dict[str, A
     panel.set_xlabel(title)
     panel.set_ylabel("kNN accuracy in %, mean and 95 % interval")
     panel.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_comparison(
+    path: Path,
+    encoders: list[str],
+    columns: list[str],
+    figures: dict[tuple[str, str], tuple[float, tuple[float, float] | None]],
+) -> None:
+    """Draw what several encoders reach, a group a column; nothing where matplotlib is not installed.
+
+    Args:
+        path: PNG to write.
+        encoders: names of the rows.
+        columns: names of what was measured.
+        figures: (encoder, column) -> value and 95 % interval, as shares.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(columns) + 0.2 * len(columns) * len(encoders)), layout="constrained")
+    panel = figure.subplots()
+    step = 0.8 / max(len(encoders), 1)
+    for number, encoder in enumerate(encoders):
+        places = [(row, figures[encoder, column]) for row, column in enumerate(columns) if (encoder, column) in figures]
+        y = [row + (number - (len(encoders) - 1) / 2) * step for row, _ in places]
+        x = [100 * value for _, (value, _) in places]
+        spread = [
+            [100 * abs(value - (value if interval is None else interval[side])) for _, (value, interval) in places]
+            for side in (0, 1)
+        ]
+        panel.errorbar(x, y, xerr=spread, fmt="o", capsize=3, label=encoder)
+    panel.set_yticks(range(len(columns)), columns, fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel("%, with 95 % intervals")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_label_curve(path: Path, curve: list[dict[str, Any]]) -> None:
+    """Draw accuracy against labels a class; nothing where matplotlib is not installed.
+
+    Args:
+        path: PNG to write.
+        curve: points of `label_curve`: `labels_per_class`, and `mean` and `values` of each way to use them.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    panel = figure.subplots()
+    titles = {"encoder": "encoder, frozen", "supervised": "supervised from scratch", "pixels": "raw pixels"}
+    budgets = [point["labels_per_class"] for point in curve]
+    for name, title in titles.items():
+        if name in curve[0]:
+            (line,) = panel.plot(budgets, [100 * point[name]["mean"] for point in curve], marker="o", label=title)
+            low, high = ([100 * of(point[name]["values"]) for point in curve] for of in (min, max))
+            panel.fill_between(budgets, low, high, color=line.get_color(), alpha=0.15)
+    panel.set_xscale("log")
+    panel.set_xticks(budgets, [str(budget) for budget in budgets])
+    panel.set_xlabel("labels a class")
+    panel.set_ylabel("test accuracy in %, mean and range over draws")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
@@ -207,12 +276,12 @@ def write_report(run: Path) -> Path:
 
 
 def _evaluation_row(line: dict[str, Any]) -> str:
-    low, high = line["interval"]
+    interval = line["interval"]
     cells = [
         str(line["step"]),
         f"{line['protocol']} {json.dumps(line['parameters'])}",
         f"{100 * line['value']:.1f} % {line['metric']}",
-        f"{100 * low:.1f} to {100 * high:.1f}",
+        "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
         f"{line['data']} ({line['n_train']})",
         f"{line['test']} ({line['n_test']})",
     ]

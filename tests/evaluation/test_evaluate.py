@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 import nnclr
-from nnclr.encoder import Encoder, pixels
+from nnclr.encoder import Encoder
 from nnclr.errors import InputError
 from nnclr.evaluation.result import Result, append, wilson_interval
+from nnclr.pretrained import pixel_encoder
 
 
 class Colour(nn.Module):
@@ -58,7 +59,7 @@ def test_embed_is_preprocess_and_forward(pictures):
     x = torch.from_numpy(pictures[0]).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     np.testing.assert_allclose(encoder.embed(pictures[0]), ((x - mean) / std).flatten(1).numpy(), atol=1e-5)
-    raw = pixels(pictures[0], 16)
+    raw = pixel_encoder(16).embed(pictures[0])
     expected = x.flatten(1) - x.flatten(1).mean(dim=1, keepdim=True)
     np.testing.assert_allclose(raw, expected.numpy(), atol=1e-6)
 
@@ -125,7 +126,9 @@ def test_wilson_interval():
 
 
 def test_records_are_lines(tmp_path):
-    record = Result("m", 0.5, "knn", {}, "d", "t", "f", 1, 2, "e", None, 0, 0.1, {}, (0.4, 0.6))
+    where = ("d", "t", "f", "g", 1, 2)
+    record = Result("m", 0.5, "knn", {}, *where, "e", "name", {}, None, 0, 0.1, {}, (0.4, 0.6), "Wilson")
+    assert record.in_words() == "name: knn m 50.0 % (40.0 to 60.0)"
     for _ in range(3):
         append(record, tmp_path / "evaluations.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]

@@ -3,7 +3,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from nnclr.evaluation.linear import _fit, _validation_rows, linear_accuracy
+from nnclr.evaluation.linear import _fit, linear_accuracy, standardisation
+from nnclr.evaluation.task import balanced_share
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,18 @@ def test_update_is_pytorchs_sgd_on_cross_entropy(clusters):
 
 
 def test_validation_split_is_balanced_and_seeded():
-    labels = torch.tensor([0] * 100 + [1] * 30 + [2] * 2 + [3])
-    chosen = _validation_rows(labels, 0.1, 0)
+    labels = np.array([0] * 100 + [1] * 30 + [2] * 2 + [3])
+    chosen = balanced_share(labels, 0.1, 0)
     assert [int(chosen[labels == c].sum()) for c in range(4)] == [10, 3, 1, 0]
-    assert torch.equal(chosen, _validation_rows(labels, 0.1, 0))
-    assert not torch.equal(chosen, _validation_rows(labels, 0.1, 1))
+    assert np.array_equal(chosen, balanced_share(labels, 0.1, 0))
+    assert not np.array_equal(chosen, balanced_share(labels, 0.1, 1))
+
+
+def test_standardisation_is_that_of_numpy(monkeypatch):
+    x = np.random.default_rng(0).normal(1000, 3, (5000, 7)).astype(np.float32)  # far from 0: float32 sums would drift
+    x[:, 6] = 2.0
+    mean, std = standardisation(torch.from_numpy(x))
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(mean, wide.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(std[:6], wide.std(0, ddof=1)[:6], rtol=1e-6)
+    assert std[6] == pytest.approx(1e-6)

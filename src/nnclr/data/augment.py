@@ -360,14 +360,20 @@ def finish(crops: Tensor, parameters: Parameters, view: View) -> Tensor:
     return normalize(color(crops.float() / 255, parameters, view))
 
 
-def eval_image(image: np.ndarray, size: int) -> np.ndarray:
+def eval_image(image: np.ndarray, size: int, crop_pct: float | None = None) -> np.ndarray:
     """The evaluation view of an image: (h, w, 3) uint8 to (3, size, size) uint8, bicubic.
 
-    Up to 64 pixels the centre square is resized; above, the shorter side becomes 256/224 of the size and the
-    centre is cut out.
+    The shorter side becomes size / crop_pct and the centre is cut out.
+
+    Args:
+        image: of any size.
+        size: pixels.
+        crop_pct: default 1 up to 64 pixels, so that the whole centre square is seen, and 224/256 above.
     """
     height, width = image.shape[:2]
-    if size <= SMALL_IMAGE:
+    if crop_pct is None:
+        crop_pct = 1.0 if size <= SMALL_IMAGE else 0.875
+    if crop_pct == 1.0:
         if height == width == size:
             return np.ascontiguousarray(image.transpose(2, 0, 1))
         side = min(height, width)
@@ -378,7 +384,7 @@ def eval_image(image: np.ndarray, size: int) -> np.ndarray:
     else:
         # The window of the resized image that the centre crop keeps, in pixels of the original: an image of
         # 20000 x 1 is never enlarged as a whole.
-        short = round(size * 256 / 224)
+        short = round(size / crop_pct)
         rows, columns = (max(short, short * side // min(height, width)) for side in (height, width))
         top, left = round((rows - size) / 2), round((columns - size) / 2)
         y, x = height / rows, width / columns

@@ -22,7 +22,7 @@ class _Scan:
     """What was found below one root."""
 
     root: Path
-    images: list[tuple[bytes, int]] = field(default_factory=list)  # relative path, bytes in the file
+    images: list[tuple[bytes, int, int]] = field(default_factory=list)  # relative path, bytes, when it was written
     others: Counter[str] = field(default_factory=Counter)  # extension -> files that are no images
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> files
 
@@ -44,13 +44,14 @@ def folder_source(roots: Sequence[Path]) -> Source:
             raise InputError(f"{printable(os.fsencode(root))} is a file, not a folder of images")
         scans.append(_scan(root))
     name = ", ".join(printable(os.fsencode(root)) for root in roots)
-    files = [(scan.root, path, size) for scan in scans for path, size in sorted(scan.images)]
+    files = [(scan.root, path, size) for scan in scans for path, size, _ in sorted(scan.images)]
     skipped: Counter[str] = sum((scan.skipped for scan in scans), Counter())
     if not files:
         raise InputError(_nothing_found(name, sum((scan.others for scan in scans), Counter()), skipped))
     prefix = [b"" if len(scans) == 1 else b"%d/" % number for number in range(len(scans))]
-    paths = [prefix[number] + path for number, scan in enumerate(scans) for path, _ in sorted(scan.images)]
+    paths = [prefix[number] + path for number, scan in enumerate(scans) for path, *_ in sorted(scan.images)]
     labels, class_names = _folder_labels([path for _, path, _ in files])
+    written = repr([[time for _, _, time in sorted(scan.images)] for scan in scans])
     digest = hashlib.sha256()
     for path, (_, _, size) in zip(paths, files, strict=True):
         digest.update(path + b"\0" + str(size).encode() + b"\n")
@@ -62,7 +63,17 @@ def folder_source(roots: Sequence[Path]) -> Source:
     def title(i: int) -> str:
         return printable(paths[i])
 
-    return Source(name, len(files), fetch, title, digest.hexdigest(), labels, class_names, dict(skipped))
+    return Source(
+        name,
+        len(files),
+        fetch,
+        title,
+        digest.hexdigest(),
+        labels,
+        class_names,
+        dict(skipped),
+        revision=hashlib.sha256(written.encode()).hexdigest(),
+    )
 
 
 def _scan(root: Path) -> _Scan:
@@ -109,7 +120,7 @@ def _take(scan: _Scan, entry: "os.DirEntry[bytes]", relative: bytes, real_root: 
     elif not stat.S_ISREG(status.st_mode):
         scan.skipped["not a regular file"] += 1
     else:
-        scan.images.append((relative, status.st_size))
+        scan.images.append((relative, status.st_size, status.st_mtime_ns))
 
 
 def _folder_labels(paths: list[bytes]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:

@@ -28,6 +28,9 @@ class Source:
         labels: (n,) int64 class indices, or None.
         class_names: name of each class, or None.
         skipped: reason -> files that were not taken.
+        multilabels: (n, classes) int8 where an image may show several classes: 1 for each that it shows, 0 for
+            each that it does not, -1 for what is not scored; else None.
+        revision: changes when a file is written anew, which the fingerprint does not notice where the size stays.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Source:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    multilabels: np.ndarray | None = None
+    revision: str = ""
 
     def __len__(self) -> int:
         return self.length
@@ -66,7 +71,29 @@ class Source:
             digest,
             None if self.labels is None else self.labels[chosen],
             self.class_names,
+            multilabels=None if self.multilabels is None else self.multilabels[chosen],
+            revision=self.revision,
         )
+
+
+def joined(first: Source, second: Source) -> Source:
+    """The images of two sources with the same classes, one after the other."""
+
+    def both(one: np.ndarray | None, two: np.ndarray | None) -> np.ndarray | None:
+        return None if one is None or two is None else np.concatenate([one, two])
+
+    n = len(first)
+    return Source(
+        first.name,
+        n + len(second),
+        lambda i: first.fetch(i) if i < n else second.fetch(i - n),
+        lambda i: first.title(i) if i < n else second.title(i - n),
+        hashlib.sha256(f"{first.fingerprint} {second.fingerprint}".encode()).hexdigest(),
+        both(first.labels, second.labels),
+        first.class_names,
+        multilabels=both(first.multilabels, second.multilabels),
+        revision=first.revision + second.revision,
+    )
 
 
 def array_source(

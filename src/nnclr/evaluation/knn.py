@@ -24,13 +24,14 @@ def nearest_rows(train: Tensor, test: Tensor, k: int, block: int = _BLOCK) -> tu
         Similarities (n, k) float32 and indices (n, k) int64.
     """
     with torch.autocast(train.device.type, enabled=False):
-        train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
         similarities, indices = [], []
-        for queries in test.split(block):
+        for rows in test.split(block):
+            queries = F.normalize(rows.float(), dim=1)
             best = queries.new_full((len(queries), 0), 0.0)
             where = torch.zeros(len(queries), 0, dtype=torch.int64, device=train.device)
             for start in range(0, len(train), block):
-                scores = queries @ train[start : start + block].T
+                # Normalised block by block: a copy of the whole would need as much memory again.
+                scores = queries @ F.normalize(train[start : start + block].float(), dim=1).T
                 top, index = scores.topk(min(k, scores.shape[1]), dim=1)
                 best, where = torch.cat([best, top], 1), torch.cat([where, index + start], 1)
                 best, order = best.topk(min(k, best.shape[1]), dim=1)
@@ -38,6 +39,16 @@ def nearest_rows(train: Tensor, test: Tensor, k: int, block: int = _BLOCK) -> tu
             similarities.append(best)
             indices.append(where)
     return torch.cat(similarities), torch.cat(indices)
+
+
+def vote(similarities: Tensor, indices: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
+    """Predictions (n,) int64 of the first k neighbours (n, >= k); of equal votes the lowest class wins."""
+    similarities, indices = similarities[:, :k], indices[:, :k]
+    # Relative to the best one: exp(1 / 0.07) times k is near what float32 can add up exactly.
+    weights = ((similarities - similarities[:, :1]).double() / temperature).exp()
+    votes = torch.zeros(len(indices), num_classes, dtype=torch.float64, device=labels.device)
+    votes.scatter_add_(1, labels[indices], weights)
+    return votes.argmax(dim=1)
 
 
 def knn_predict(
@@ -66,11 +77,7 @@ def knn_predict(
     train, test = torch.as_tensor(train_features), torch.as_tensor(test_features)
     labels = torch.as_tensor(train_labels).to(train.device)
     similarities, indices = nearest_rows(train, test, min(k, len(train)), block)
-    # Relative to the best one: exp(1 / 0.07) times k is near what float32 can add up exactly.
-    weights = ((similarities - similarities[:, :1]).double() / temperature).exp()
-    votes = torch.zeros(len(test), num_classes, dtype=torch.float64, device=train.device)
-    votes.scatter_add_(1, labels[indices], weights)
-    return votes.argmax(dim=1)
+    return vote(similarities, indices, labels, num_classes, k, temperature)
 
 
 def knn_accuracy(
@@ -85,6 +92,14 @@ def knn_accuracy(
     """Top-1 accuracy in [0, 1] of `knn_predict`."""
     predicted = knn_predict(train_features, train_labels, test_features, num_classes, k, temperature)
     return float((predicted == torch.as_tensor(test_labels).to(predicted.device)).double().mean())
+
+
+def without_itself(similarities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours of rows among themselves, (n, k + 1), less each row itself, or less the last where it is not there."""
+    itself = indices == torch.arange(len(indices), device=indices.device)[:, None]
+    itself[:, -1] |= ~itself.any(dim=1)
+    shape = (len(indices), indices.shape[1] - 1)
+    return similarities[~itself].view(shape), indices[~itself].view(shape)
 
 
 def cross_group_recall(features: Any, labels: Any, groups: Any, block: int = 1024) -> float:

@@ -88,7 +88,7 @@ def create_backbone(name: str, image_size: int) -> nn.Module:
 
         if bare in torchvision.models.list_models(module=torchvision.models):
             model = torchvision.models.get_model(bare, weights=None)
-            return _use_small_stem(_without_classifier(model, bare), image_size)
+            return _use_small_stem(without_classifier(model, bare), image_size)
     raise InputError(_unknown_backbone(name))
 
 
@@ -136,7 +136,7 @@ def _timm(name: str, image_size: int) -> nn.Module:
         return timm.create_model(name, **options)  # type: ignore[no-any-return]
 
 
-def _without_classifier(model: nn.Module, name: str) -> nn.Module:
+def without_classifier(model: nn.Module, name: str) -> nn.Module:
     """Replace the last linear layer of a torchvision classifier by the identity; drop auxiliary classifiers."""
     if hasattr(model, "aux_logits"):  # GoogLeNet and Inception return a tuple while they train
         model.aux_logits = False  # type: ignore[assignment]

@@ -1,0 +1,106 @@
+"""`nnclr compare`: the evaluations of several runs as one table and one plot."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnclr.checkpoint import write_atomically
+from nnclr.errors import InputError
+from nnclr.report import draw_comparison
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of one encoder."""
+
+    encoder: str  # a row
+    what: str  # a column: protocol, metric and images
+    value: float
+    interval: tuple[float, float] | None
+
+
+def compare(paths: list[str], out: Path | None = None) -> str:
+    """One table of what was measured, the latest of each kind.
+
+    Args:
+        paths: run folders, whose evaluations.jsonl and baselines.jsonl are read, or files of result lines.
+        out: folder for `compare.md`, `compare.csv` and `compare.png`.
+
+    Returns:
+        The table in Markdown: one row an encoder, one column a protocol and data set.
+
+    Raises:
+        InputError: if a path holds no evaluations.
+    """
+    latest: dict[tuple[str, str], Measured] = {}
+    for path in paths:
+        for measured in _read(Path(path)):
+            latest[measured.encoder, measured.what] = measured
+    rows = list(dict.fromkeys(encoder for encoder, _ in latest))
+    columns = sorted(dict.fromkeys(what for _, what in latest))
+    lines = [f"| encoder | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        lines.append(f"| {row} | {' | '.join(_cell(latest.get((row, column))) for column in columns)} |")
+    table = "In %, with the 95 % interval of each figure.\n\n" + "\n".join(lines) + "\n"
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "compare.md", table.encode())
+        write_atomically(out / "compare.csv", _csv(list(latest.values())).encode())
+        draw_comparison(out / "compare.png", rows, columns, {k: (m.value, m.interval) for k, m in latest.items()})
+    return table
+
+
+def _read(path: Path) -> list[Measured]:
+    """The figures of a run folder, of its baselines, or of a file."""
+    found = []
+    for file in [path] if path.is_file() else [path / "evaluations.jsonl", path / "baselines.jsonl"]:
+        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else []):
+            try:
+                record = json.loads(line)
+                own = file.name == "evaluations.jsonl"  # in a run folder: the run's own encoder at some step
+                found += _figures(record, str(file.parent if own else record["encoder_name"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"line {number + 1} of {file} is no evaluation result ({error!r})") from error
+    if not found:
+        raise InputError(
+            f"{path} holds no evaluations; run nnclr evaluate on it, or name a run folder or a .jsonl file"
+        )
+    return found
+
+
+def _figures(record: dict[str, Any], encoder: str) -> list[Measured]:
+    """The figures of a record: one, or one a data set of a transfer."""
+    parameters, protocol, interval = record["parameters"], record["protocol"], record.get("interval")
+    if protocol == "transfer":
+        return [
+            Measured(encoder, f"transfer by {parameters['by']}, {row['title']}", row["value"], tuple(row["interval"]))
+            for row in record["details"]["sets"]
+        ]
+    if protocol == "knn":
+        protocol += f" k={parameters['k']} T={parameters['temperature']}"
+    elif protocol == "finetune":
+        protocol += f" {100 * parameters['fraction']:.3g} % of the labels"
+    elif protocol == "linear" and parameters["augmentation"] != "none":
+        protocol += " with augmentation"
+    what = f"{protocol}, {record['metric']}, {record['n_test']} images of {record['test']}"
+    return [Measured(encoder, what, record["value"], None if interval is None else tuple(interval))]
+
+
+def _cell(measured: Measured | None) -> str:
+    if measured is None:
+        return ""
+    spread = "" if measured.interval is None else " ({:.1f}-{:.1f})".format(*(100 * v for v in measured.interval))
+    return f"{100 * measured.value:.1f}{spread}"
+
+
+def _csv(found: list[Measured]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["encoder", "what", "value", "low", "high"])
+    for m in found:
+        low, high = m.interval or ("", "")
+        writer.writerow([m.encoder, m.what, m.value, low, high])
+    return text.getvalue()

@@ -1,0 +1,150 @@
+"""How many labels do I need? Accuracy against labels a class, for three ways to use them."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnclr.data.images import Source
+from nnclr.encoder import Encoder
+from nnclr.errors import InputError
+from nnclr.evaluation.finetune import batch_size_for, first_of_each, train_classifier
+from nnclr.evaluation.linear import standardisation
+from nnclr.evaluation.logistic import fit_logistic, logistic_scores
+from nnclr.evaluation.metrics import top1
+from nnclr.evaluation.task import Outcome, Task
+from nnclr.pretrained import pixel_encoder, random_encoder
+
+BUDGETS = (1, 2, 5, 10, 20, 50, 100)  # labels a class
+_STEPS = 300  # of the network from scratch, at every budget
+_RATE = 0.1  # its learning rate per 256 images
+_PENALTY = 0.1  # L2 strength of the classifier on frozen features, times their width
+
+
+def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, from_scratch: bool = True) -> Outcome:
+    """Test accuracy of the encoder, of a supervised network from scratch and of pixels, by labels a class.
+
+    The encoder and pixels are frozen: logistic regression on features that are standardised by all training images,
+    with a fixed strength (a tenth of the width), because a handful of labels leaves none to choose it with. The
+    network from scratch has the encoder's architecture and sees 300 batches with random crops and flips.
+
+    Args:
+        task: what is evaluated.
+        budgets: labels a class; those that a class does not have are left out.
+        repeats: draws of the labelled images; the interval is over them.
+        from_scratch: also train the supervised network.
+
+    Raises:
+        InputError: if no class has as many images as the smallest budget.
+    """
+    source, scored = task.split()
+    assert source.labels is not None
+    smallest = int(np.bincount(source.labels)[np.unique(source.labels)].min())
+    used = sorted({budget for budget in budgets if 1 <= budget <= smallest})
+    if not used or repeats < 1:
+        raise InputError(
+            f"the smallest class of {source.name} has {smallest} images, fewer than {min(budgets)} labels a class"
+        )
+    ways: dict[str, Callable[[np.ndarray, int], float]] = {
+        "encoder": _frozen(task, source, scored),
+        "pixels": _frozen(replace(task, encoder=_pixels(task.encoder), _known={}), source, scored),
+    }
+    backbone = task.encoder.provenance.get("backbone")
+    if from_scratch and isinstance(backbone, str) and not backbone.startswith("module:"):
+        ways["supervised"] = _from_scratch(task, backbone, source, scored)
+    curve = []
+    for budget in used:
+        point: dict[str, Any] = {"labels_per_class": budget}
+        for name, measure in ways.items():
+            values = []
+            for repeat in range(repeats):
+                rows = first_of_each(source.labels, lambda n, budget=budget: budget, task.seed + repeat)  # type: ignore[misc]
+                values.append(measure(rows, task.seed + repeat))
+            point[name] = {"mean": statistics.mean(values), "values": values}
+        curve.append(point)
+        shown = ", ".join(f"{name} {100 * point[name]['mean']:.1f} %" for name in ways)
+        task.say(f"{budget} labels a class: {shown}")
+    last = curve[-1]["encoder"]
+    half = 1.96 * statistics.stdev(last["values"]) / math.sqrt(repeats) if repeats > 1 else 0.0
+    parameters = {
+        "budgets": used,
+        "repeats": repeats,
+        "classifier": f"logistic regression, strength {_PENALTY} x width, standardised features",
+        "supervised": f"{_STEPS} batches, learning rate {_RATE}, random crops and flips",
+    }
+    return Outcome(
+        f"top-1 accuracy with {used[-1]} labels a class",
+        last["mean"],
+        (max(0.0, last["mean"] - half), min(1.0, last["mean"] + half)),
+        "over draws of the labelled images, 1.96 standard errors",
+        parameters,
+        source,
+        scored,
+        used[-1] * len(np.unique(source.labels)),
+        len(scored),
+        {"curve": curve, "in_words": in_words(curve)},
+    )
+
+
+def in_words(curve: list[dict[str, Any]]) -> str:
+    """From how many labels on a network from scratch, and pixels, do what the encoder does with the fewest."""
+    few, most = curve[0], curve[-1]["labels_per_class"]
+    n, target = few["labels_per_class"], few["encoder"]["mean"]
+    sentences = [f"With {n} label{'s' if n > 1 else ''} a class the encoder is right in {100 * target:.0f} %."]
+    for name, title in (
+        ("supervised", "A network trained from scratch needs"),
+        ("pixels", "A classifier of pixels needs"),
+    ):
+        if name in few:
+            reached = [p["labels_per_class"] for p in curve if p[name]["mean"] >= target]
+            sentences.append(f"{title} {reached[0] if reached else f'more than {most}'} for that.")
+    return " ".join(sentences)
+
+
+def _pixels(encoder: Encoder) -> Encoder:
+    return pixel_encoder(min(encoder.image_size, 32))
+
+
+def _frozen(task: Task, source: Source, scored: Source) -> Callable[[np.ndarray, int], float]:
+    """Accuracy of a classifier on frozen features that learns from some rows."""
+    assert source.labels is not None
+    train, labels = task.embedded(source), source.labels
+    test, test_labels = task.features(scored)
+    readable = np.isfinite(train[:, 0])
+    known = train if readable.all() else train[readable]
+    mean, std = (part.numpy() for part in standardisation(torch.from_numpy(known)))
+    test = (test - mean) / std
+
+    def measure(rows: np.ndarray, seed: int) -> float:
+        rows = rows[readable[rows]]
+        width = train.shape[1]
+        features = (train[rows] - mean) / std
+        weights = fit_logistic(features, labels[rows], len(source.class_names or ()), _PENALTY * width)
+        return top1(logistic_scores(weights, test).argmax(dim=1).numpy(), test_labels)
+
+    return measure
+
+
+def _from_scratch(task: Task, backbone: str, source: Source, scored: Source) -> Callable[[np.ndarray, int], float]:
+    """Accuracy of a network that is trained on some rows from random weights."""
+    assert source.labels is not None
+    assert scored.labels is not None
+    test_labels = scored.labels
+
+    def measure(rows: np.ndarray, seed: int) -> float:
+        untrained = random_encoder(backbone, task.encoder.image_size, seed)
+        untrained.module.to(task.encoder.device)
+        per_epoch = max(1, len(rows) // batch_size_for(len(rows)))
+        here = replace(task, encoder=untrained, seed=seed, _known={})
+        trained = train_classifier(
+            here, source.subset(rows), len(source.class_names or ()), _RATE, math.ceil(_STEPS / per_epoch)
+        )
+        scores = trained.embed(scored, num_workers=task.num_workers)
+        readable = np.isfinite(scores[:, 0])
+        return top1(scores[readable].argmax(axis=1), test_labels[readable])
+
+    return measure

@@ -1,0 +1,163 @@
+"""What a protocol is given, and what it gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnclr import counter
+from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, View, normalize, policy
+from nnclr.data.images import Source
+from nnclr.data.source import open_source, test_split
+from nnclr.encoder import Encoder
+from nnclr.errors import DataError, InputError
+from nnclr.evaluation.features import embedded
+
+_HOLD_OUT = 0.1  # share of the data that is scored where there is no test set
+
+
+@dataclass
+class Outcome:
+    """A protocol's number and how it came about."""
+
+    metric: str
+    value: float  # in [0, 1]
+    interval: tuple[float, float] | None  # 95 %
+    interval_method: str
+    parameters: dict[str, Any]
+    train: Source  # what was learned from
+    test: Source  # what was scored
+    n_train: int
+    n_test: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Task:
+    """One evaluation: an encoder, the images, and where to say how far it is."""
+
+    encoder: Encoder
+    data: Any
+    test: Any
+    num_workers: int
+    seed: int
+    say: Callable[[str], None]
+    _known: dict[str, np.ndarray] = field(default_factory=dict)  # features by fingerprint, of this evaluation
+
+    def split(self) -> tuple[Source, Source]:
+        """Images to learn from and images to score; see `split`.
+
+        Raises:
+            InputError: if a class has a single image that would have to be on both sides.
+        """
+        train, scored = split(self.data, self.test, self.seed)
+        if self.test is None and test_split(self.data) is None:
+            held_out = set(np.unique(_labels(scored)).tolist())
+            single = [label for label in np.unique(_labels(train)).tolist() if label not in held_out]
+            if single:
+                name = (train.class_names or ())[single[0]]
+                raise InputError(
+                    f"class '{name}' of {train.name} has one image, which cannot be learned from and scored at once; "
+                    "add images to it, or name a test set by --test"
+                )
+        return train, scored
+
+    def scored(self) -> Source:
+        """Labelled images of a protocol that learns nothing: the test images, or all where there are none."""
+        test = open_source(self.test) if self.test is not None else test_split(self.data)
+        source = open_source(self.data) if test is None else test
+        if source.labels is None:
+            raise InputError(no_labels(source))
+        return source
+
+    def embedded(self, source: Source) -> np.ndarray:
+        """Features (n, d) float32 of all images; the row of one that cannot be read is NaN."""
+        if source.fingerprint not in self._known:
+            self._known[source.fingerprint] = embedded(self.encoder, source, self.num_workers, self.say)
+        return self._known[source.fingerprint]
+
+    def features(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
+        """Features (n, d) float32 and labels (n,) of the images that can be read; (n, c) where labels are many.
+
+        Raises:
+            DataError: if no image can be read.
+            InputError: if there are no labels.
+        """
+        labels = source.labels if source.multilabels is None else source.multilabels
+        if labels is None:
+            raise InputError(no_labels(source))
+        vectors = self.embedded(source)
+        readable = np.isfinite(vectors[:, 0])  # the row of an image that cannot be read is NaN as a whole
+        if not readable.any():
+            raise DataError(f"no image of {source.name} gives finite features")
+        if readable.all():
+            return vectors, labels
+        self.say(f"{int((~readable).sum())} of {len(source)} images of {source.name} cannot be read and are left out")
+        return vectors[readable], labels[readable]
+
+
+def _labels(source: Source) -> np.ndarray:
+    assert source.labels is not None
+    return source.labels
+
+
+def no_labels(source: Source) -> str:
+    """The sentence for images without labels."""
+    return f"{source.name} has no labels, and evaluation needs them: one folder a class, or a label column"
+
+
+def split(data: Any, test: Any, seed: int) -> tuple[Source, Source]:
+    """Images to learn from and images to score.
+
+    Without test images a tenth of each class is held out, at least one image of a class that has two.
+
+    Raises:
+        InputError: if either has no labels, or the test set has classes that the other one lacks.
+    """
+    train = open_source(data)
+    scored = open_source(test) if test is not None else test_split(data)
+    if train.labels is None:
+        raise InputError(no_labels(train))
+    if scored is None:
+        held_out = balanced_share(train.labels, _HOLD_OUT, seed)
+        return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
+    if scored.labels is None:
+        raise InputError(no_labels(scored))
+    number = {name: i for i, name in enumerate(train.class_names or ())}
+    theirs = scored.class_names or ()
+    present = {theirs[i] for i in np.unique(scored.labels)}
+    known = {name for name, i in number.items() if (train.labels == i).any()}
+    unknown = sorted(present - known)
+    if unknown:
+        raise InputError(f"{scored.name} has classes that {train.name} lacks, for example '{unknown[0]}'")
+    # Classes are matched by name: a test set may lack some.
+    labels = np.array([number.get(name, -1) for name in theirs])[scored.labels]
+    return train, replace(scored, labels=labels, class_names=train.class_names)
+
+
+def balanced_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """(n,) bool: a seeded share of each class, at least one row of a class that has two, none of a single one."""
+    rank = counter.bits(seed, -5, np.arange(len(labels)))
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = max(1, round(share * len(rows))) if len(rows) > 1 else 0
+        chosen[rows[np.argsort(rank[rows], kind="stable")[:count]]] = True
+    return chosen
+
+
+def crop_and_flip(image_size: int) -> View:
+    """The training view of labelled images: flips, and crops of at least 0.08 of the area, 0.2 up to 64 pixels."""
+    return policy("crop-only", image_size, flip=0.5)[0]
+
+
+def renormalised(views: Tensor, encoder: Encoder) -> Tensor:
+    """Views that the loader normalised by ImageNet's mean and deviation, by the encoder's own instead."""
+    if encoder.mean == IMAGENET_MEAN and encoder.std == IMAGENET_STD:
+        return views
+    columns = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = columns
+    return normalize(views * std + mean, encoder.mean, encoder.std)

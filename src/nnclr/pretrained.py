@@ -1,0 +1,153 @@
+"""Encoders by name: our runs, other libraries' models, and the baselines that an encoder has to beat."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from nnclr.data.source import parse_query
+from nnclr.encoder import Encoder
+from nnclr.errors import InputError
+from nnclr.models.backbone import create_backbone, without_classifier
+
+ACCEPTED = "a run or encoder folder, timm:NAME, torchvision:NAME[?weights=FILE], random:BACKBONE[?size=224], or pixels"
+
+
+class RawPixels(nn.Module):
+    """Pixels as features: (n, 3, s, s) to (n, 3 * s * s), minus each image's mean."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        flat = images.flatten(1)
+        return flat - flat.mean(dim=1, keepdim=True)
+
+
+def open_encoder(spec: Encoder | str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """The encoder that a text names.
+
+    Args:
+        spec: an `Encoder` (returned as it is); a run or encoder folder; `timm:NAME`, timm's pretrained weights with
+            their own preprocessing, also `timm:local-dir:FOLDER`; `torchvision:NAME`, torchvision's best weights, or
+            those of a state-dict file by `?weights=FILE`; `random:BACKBONE[?size=224&seed=0]`, an untrained
+            network; `pixels[?size=32]`, raw pixels.
+        device: where it runs.
+
+    Raises:
+        InputError: if it is none of these, or its weights cannot be had.
+    """
+    if isinstance(spec, Encoder):
+        return spec
+    text, _, query = str(spec).partition("?")
+    library, _, name = text.partition(":")
+    if library == "timm" and name:
+        parse_query(query, set())
+        encoder = _timm(name)
+    elif library == "torchvision" and name:
+        encoder = _torchvision(name, **parse_query(query, {"weights"}))
+    elif library == "random" and name:
+        options = _numbers(query, {"size", "seed"})
+        encoder = random_encoder(name, options.get("size", 224), options.get("seed", 0))
+    elif text == "pixels" and not Path("pixels").exists():
+        encoder = pixel_encoder(_numbers(query, {"size"}).get("size", 32))
+    elif not Path(text).exists():
+        raise InputError(f"no encoder is called '{spec}'; name {ACCEPTED}")
+    else:
+        return Encoder.from_pretrained(spec, device)
+    encoder.name = str(spec)
+    encoder.module.to(device)
+    return encoder
+
+
+def pixel_encoder(image_size: int) -> Encoder:
+    """Raw pixels on the scale of 0 to 1, minus each image's mean."""
+    return Encoder(RawPixels(), image_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name=f"pixels?size={image_size}")
+
+
+def random_encoder(backbone: str, image_size: int, seed: int = 0) -> Encoder:
+    """An untrained backbone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = create_backbone(backbone, image_size).eval()
+    name = f"random:{backbone}?size={image_size}&seed={seed}"
+    return Encoder(module, image_size, provenance={"backbone": backbone}, name=name)
+
+
+def baselines(encoder: Encoder, seed: int = 0) -> list[Encoder]:
+    """What an encoder is measured against: its own architecture untrained, and pixels of at most 32 a side."""
+    backbone = encoder.provenance.get("backbone")
+    made = [pixel_encoder(min(encoder.image_size, 32))]
+    if isinstance(backbone, str) and not backbone.startswith("module:"):
+        made.append(random_encoder(backbone, encoder.image_size, seed))
+    for baseline in made:
+        baseline.module.to(encoder.device)
+    return made
+
+
+def _timm(name: str) -> Encoder:
+    import timm
+
+    bare = name.partition(".")[0]
+    if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(bare):
+        raise InputError(_unknown("timm", name, difflib.get_close_matches(bare, timm.list_models(), n=3)))
+    try:
+        module = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    except Exception as error:
+        raise InputError(f"timm:{name} cannot be loaded: {_reason(error)}") from error
+    config = module.pretrained_cfg
+    size, provenance = int(config["input_size"][-1]), {"backbone": f"timm/{bare}"}
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Encoder(module, size, mean, std, provenance, float(config.get("crop_pct") or 0.875))
+
+
+def _torchvision(name: str, weights: str | None = None) -> Encoder:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise InputError(_unknown("torchvision", name, difflib.get_close_matches(name, known, n=3)))
+    provenance = {"backbone": f"torchvision/{name}"}
+    try:
+        if weights is None:
+            chosen = models.get_model_weights(name)["DEFAULT"]
+            module, transform = models.get_model(name, weights=chosen), chosen.transforms()
+            size, short = int(transform.crop_size[0]), int(transform.resize_size[0])
+            encoder = Encoder(module, size, tuple(transform.mean), tuple(transform.std), provenance, size / short)
+        else:
+            module = models.get_model(name, weights=None)
+            missing, unexpected = module.load_state_dict(_state_dict(Path(weights)), strict=False)
+            wrong = [key for key in missing if not key.startswith(("fc.", "classifier.", "head"))] + unexpected
+            if wrong:
+                raise InputError(f"{weights} does not fit torchvision's {name}: {wrong[0]} is missing or unknown")
+            encoder = Encoder(module, 224, provenance=provenance)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"torchvision:{name} cannot be loaded: {_reason(error)}") from error
+    encoder.module = without_classifier(module, name).eval()
+    return encoder
+
+
+def _unknown(library: str, name: str, near: list[str]) -> str:
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return f"{library} has no model '{name}'{hint}"
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+def _numbers(query: str, known: set[str]) -> dict[str, int]:
+    try:
+        return {name: int(value) for name, value in parse_query(query, known).items()}
+    except ValueError as error:
+        raise InputError(f"'{query}' after the ? of the encoder must hold whole numbers") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

@@ -1,0 +1,78 @@
+import csv
+import json
+
+import pytest
+
+import nnclr
+from nnclr.cli import main
+from nnclr.compare import compare
+from nnclr.errors import InputError
+
+
+@pytest.fixture
+def runs(tmp_path, pictures, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, objective in (("one", "nnclr"), ("two", "simclr")):
+        own = {} if objective == "nnclr" else {"support_set_size": None, "predictor_hidden_dim": 4096}
+        nnclr.pretrain(pictures, name, **{**tiny, "epochs": 1, "objective": objective, **own})
+    return tmp_path
+
+
+def folder_of(pictures, root):
+    from PIL import Image
+
+    for i, (image, label) in enumerate(zip(*pictures, strict=True)):
+        path = root / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return str(root)
+
+
+def test_one_table_of_runs_and_baselines(runs, pictures, capsys):
+    data = folder_of(pictures, runs / "images")
+    for name in ("one", "two"):
+        more = ["--baselines"] if name == "one" else []
+        assert main(["evaluate", name, data, "--test", data, "--k", "3", *more]) == 0
+    printed = capsys.readouterr().out
+    assert main(["compare", "one", "two", "--out", "compared"]) == 0
+    table = capsys.readouterr().out
+    assert (runs / "compared/compare.md").read_text() == table
+    records = {
+        name: [json.loads(line) for line in (runs / name / "evaluations.jsonl").read_text().splitlines()][-1]
+        for name in ("one", "two")
+    }
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    column = next(i for i, title in enumerate(lines[0]) if "k=3" in title and "120 images" in title)
+    cells = {line[0]: line[column] for line in lines[2:]}
+    assert set(cells) == {"one", "pixels?size=16", "random:small-convnet?size=16&seed=0", "two"}
+    for name, record in records.items():
+        assert cells[name].startswith(f"{100 * record['value']:.1f} (")
+    with open(runs / "compared/compare.csv") as file:
+        rows = list(csv.DictReader(file))
+    values = {row["encoder"]: float(row["value"]) for row in rows if "k=3" in row["what"]}
+    assert values["two"] == records["two"]["value"]
+    assert (runs / "compared/compare.png").read_bytes().startswith(b"\x89PNG")
+    # baselines are not the run's own results
+    assert len((runs / "one/baselines.jsonl").read_text().splitlines()) == 2
+    assert "random:" not in (runs / "one/evaluations.jsonl").read_text()
+    assert printed.count('"value"') >= 4
+
+
+def test_latest_result_of_a_kind_counts(runs):
+    path = runs / "one/evaluations.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    with open(path, "a") as file:
+        file.write(json.dumps({**last, "value": 0.123}) + "\n")
+    assert "12.3" in compare(["one"])
+
+
+def test_what_holds_no_results_is_one_sentence(runs):
+    (runs / "empty").mkdir()
+    (runs / "text.jsonl").write_text('{"value": 1}\n')
+    for path, words in (
+        ("empty", "empty holds no evaluations"),
+        ("text.jsonl", "line 1 of text.jsonl is no evaluation"),
+    ):
+        with pytest.raises(InputError, match=words):
+            compare([path])
+    assert main(["compare"]) == 2
