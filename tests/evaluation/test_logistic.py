@@ -1,0 +1,252 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from nnclr.errors import InputError
+from nnclr.evaluation.logistic import STRENGTHS, _fit, _Objective, fit_logistic, logistic_regression, logistic_scores
+
+CLASSES = 4
+
+
+def clouds(rows, spread, seed=0):
+    """Rectified features of overlapping (spread 2) or separable (spread 0.3) clouds, float32, and labels."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(CLASSES, 12))
+    labels = np.arange(rows) % CLASSES
+    features = np.maximum(centres[labels] + spread * rng.normal(size=(rows, 12)) + 0.5, 0)
+    return features.astype(np.float32), labels
+
+
+def problems(labels, seed=0):
+    """One-vs-rest targets of which an eighth is unknown."""
+    targets = (labels[:, None] == np.arange(CLASSES)).astype(np.int8)
+    targets[np.random.default_rng(seed).random(targets.shape) < 0.125] = -1
+    return targets
+
+
+def scikit(features, labels, strength):
+    """Weights (d + 1, columns) of scikit-learn's fit."""
+    model = LogisticRegression(C=1 / strength, tol=1e-12, max_iter=20000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at so tight a tolerance its line search may end in rounding
+        model.fit(features.astype(np.float64), labels)
+    return np.concatenate([model.coef_.T, model.intercept_[None]])
+
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def sigmoid(logits):
+    return np.exp(-np.logaddexp(0, -logits))
+
+
+def logits_of(weights, features):
+    return features.astype(np.float64) @ weights[:-1] + weights[-1]
+
+
+def logits(weights, features):
+    return torch.tensor(logits_of(weights.numpy(), features))
+
+
+def multinomial(weights, features, labels, strength):
+    """The objective in float64 NumPy."""
+    z = logits_of(weights, features)
+    top = z.max(axis=1)
+    losses = np.log(np.exp(z - top[:, None]).sum(axis=1)) + top - z[np.arange(len(z)), labels]
+    return losses.sum() + strength / 2 * (weights[:-1] ** 2).sum()
+
+
+def binary(weights, features, targets, strength):
+    """The objective of independent problems in float64 NumPy: log(1 + exp(-z)) of a 1, log(1 + exp(z)) of a 0."""
+    z = logits_of(weights, features)
+    losses = np.where(targets == 1, np.logaddexp(0, -z), np.where(targets == 0, np.logaddexp(0, z), 0))
+    return losses.sum() + strength / 2 * (weights[:-1] ** 2).sum()
+
+
+@pytest.mark.parametrize("spread", [2.0, 0.3], ids=["overlapping", "separable"])
+@pytest.mark.parametrize("strength", [1e-6, 1e-3, 1.0, 1e3, 1e5])
+def test_multinomial_is_scikit_learns(spread, strength):
+    features, labels = clouds(400, spread)
+    unseen = clouds(200, spread, seed=1)[0]
+    ours, theirs = fit_logistic(features, labels, CLASSES, strength).numpy(), scikit(features, labels, strength)
+    expected = softmax(logits_of(theirs, unseen))
+    np.testing.assert_allclose(softmax(logits_of(ours, unseen)), expected, atol=1e-4)
+    value = multinomial(theirs, features, labels, strength)
+    assert multinomial(ours, features, labels, strength) == pytest.approx(value, rel=1e-6)
+    if 1e-3 < strength < 1e5:  # control: ten times the strength is outside of both tolerances
+        other = fit_logistic(features, labels, CLASSES, strength * 10).numpy()
+        assert abs(softmax(logits_of(other, unseen)) - expected).max() > 1e-3
+        assert multinomial(other, features, labels, strength) > value * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 1e3])
+def test_each_column_of_one_vs_rest_is_scikit_learns_without_the_unknown_rows(strength):
+    features, labels = clouds(400, 2.0)
+    targets, unseen = problems(labels), clouds(200, 2.0, seed=1)[0]
+    ours = fit_logistic(features, targets, CLASSES, strength).numpy()
+    for c in range(CLASSES):
+        known = targets[:, c] >= 0
+        theirs = scikit(features[known], targets[known, c], strength)
+        expected = sigmoid(logits_of(theirs, unseen))
+        np.testing.assert_allclose(sigmoid(logits_of(ours[:, c : c + 1], unseen)), expected, atol=1e-4)
+        value = binary(theirs, features, targets[:, c : c + 1], strength)
+        assert binary(ours[:, c : c + 1], features, targets[:, c : c + 1], strength) == pytest.approx(value, rel=1e-6)
+        taken_as_negative = scikit(features, targets[:, c] == 1, strength)  # control
+        assert abs(sigmoid(logits_of(taken_as_negative, unseen)) - expected).max() > 1e-2
+
+
+def test_softmax_of_two_classes_is_scikit_learns_at_half_the_strength():
+    features, labels = clouds(300, 2.0)
+    ours = fit_logistic(features, labels % 2, 2, 1.0).numpy()
+    theirs = scikit(features, labels % 2, 0.5)
+    np.testing.assert_allclose((ours[:, 1] - ours[:, 0])[:, None], theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["multinomial", "one-vs-rest"])
+def test_value_and_gradient_against_finite_differences(kind):
+    features, labels = clouds(90, 2.0)
+    targets, reference = (labels, multinomial) if kind == "multinomial" else (problems(labels), binary)
+    parts = [(torch.tensor(features[a]), torch.tensor(targets[a])) for a in (slice(0, 50), slice(50, 90))]
+    objective = _Objective(parts, 3.0, 16, "cpu")
+    inner = torch.randn(13, CLASSES, dtype=torch.float64)
+
+    def value(point):
+        """The reference at inner weights: of features less their mean, in units of their deviation."""
+        weights = point.copy()
+        weights[:-1] /= features.astype(np.float64).var(axis=0).mean() ** 0.5
+        weights[-1] -= features.astype(np.float64).mean(axis=0) @ weights[:-1]
+        return reference(weights, features, targets, 3.0) / len(features)
+
+    ours, gradient = objective(inner)
+    assert ours == pytest.approx(value(inner.numpy()), rel=1e-12)
+    for i, j in np.ndindex(13, CLASSES):
+        step = np.zeros((13, CLASSES))
+        step[i, j] = 1e-5
+        slope = (value(inner.numpy() + step) - value(inner.numpy() - step)) / 2e-5
+        assert float(gradient[i, j]) == pytest.approx(slope, abs=1e-8)
+
+
+def test_block_kind_and_scale_of_features_do_not_matter(tmp_path):
+    features, labels = clouds(300, 2.0)
+    np.save(tmp_path / "features.npy", features)
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    reference = fit_logistic(features, labels, CLASSES, 0.1)
+    for other in (
+        fit_logistic(features, labels, CLASSES, 0.1, block=7),
+        fit_logistic(mapped, torch.tensor(labels), CLASSES, 0.1),
+        fit_logistic(torch.tensor(features), labels, CLASSES, 0.1, block=1000),
+        fit_logistic(features * 1024, labels, CLASSES, 0.1 * 1024**2) * torch.tensor([1024.0] * 12 + [1.0])[:, None],
+    ):
+        torch.testing.assert_close(
+            logistic_scores(other, mapped, block=11), logits(reference, features), atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1e-2, 1e4])
+def test_warm_and_cold_start_agree(strength):
+    features, labels = clouds(400, 2.0)
+    cold = fit_logistic(features, labels, CLASSES, strength)
+    for start in (fit_logistic(features, labels, CLASSES, 1.8 * strength), torch.full((13, CLASSES), 0.5), cold):
+        kept = start.clone()
+        warm = fit_logistic(features, labels, CLASSES, strength, start=start)
+        assert torch.equal(start, kept)
+        torch.testing.assert_close(
+            logits(warm, features).softmax(1), logits(cold, features).softmax(1), atol=1e-4, rtol=0
+        )
+    # Control: it is a start and not the result.
+    unmoved = fit_logistic(features, labels, CLASSES, strength, start=torch.full((13, CLASSES), 0.5), max_iterations=1)
+    assert abs(logits(unmoved, features).softmax(1) - logits(cold, features).softmax(1)).max() > 1e-2
+
+
+def test_class_without_a_row():
+    features, labels = clouds(300, 2.0)
+    ours = fit_logistic(features, labels, CLASSES + 1, 1.0)
+    probabilities = logits(ours, features).softmax(1)
+    assert probabilities[:, CLASSES].max() < 1e-4
+    expected = softmax(logits_of(scikit(features, labels, 1.0), features))
+    np.testing.assert_allclose(probabilities[:, :CLASSES].numpy(), expected, atol=1e-4)
+    targets = np.stack([labels == 0, labels < 0, labels == 1], axis=1).astype(np.int8)  # none is positive in the middle
+    targets = np.concatenate([targets, np.full((300, 1), -1, np.int8)], axis=1)  # nothing is known of the last
+    ours = fit_logistic(features, targets, 4, 1.0)
+    assert logits(ours, features)[:, 1].sigmoid().max() < 1e-4
+    assert not ours[:, 3].any()
+    expected = sigmoid(logits_of(scikit(features, labels == 1, 1.0), features))
+    np.testing.assert_allclose(logits(ours, features)[:, 2:3].sigmoid().numpy(), expected, atol=1e-4)
+
+
+def top1(scores, targets):
+    return float((scores.argmax(axis=1) == targets).mean())
+
+
+def test_best_on_validation_is_fitted_on_both_and_scores_test():
+    train, val, test = (clouds(n, 2.0, seed) for seed, n in enumerate((60, 200, 100)))
+    seen = []
+    outcome = logistic_regression(*train, *val, test[0], CLASSES, top1, progress=lambda *done: seen.append(done))
+    assert seen == [(i, 45) for i in range(1, 46)]
+    assert outcome.protocol["strengths"] == [s for s, _ in outcome.validation] == sorted(STRENGTHS, reverse=True)
+    assert outcome.protocol["unfinished_strengths"] == []
+    for strength, value in outcome.validation[::11]:
+        assert value == pytest.approx(top1(logits_of(scikit(*train, strength), val[0]), val[1]), abs=1e-12)
+    best = max(value for _, value in outcome.validation)
+    assert 0.5 < outcome.validation[-1][1] < best > outcome.validation[0][1]  # the strength matters
+    assert outcome.strength == max(strength for strength, value in outcome.validation if value == best)
+    assert outcome.protocol["strength"] == outcome.strength
+    assert outcome.protocol["validation_value"] == best
+    both = [np.concatenate(pair) for pair in zip(train, val, strict=True)]
+    expected = softmax(logits_of(scikit(*both, outcome.strength), test[0]))
+    np.testing.assert_allclose(softmax(outcome.scores), expected, atol=1e-4)
+    without = softmax(logits_of(scikit(*train, outcome.strength), test[0]))
+    assert abs(without - expected).max() > 1e-2  # control
+
+
+def test_of_equal_values_the_strongest_is_chosen():
+    train, val = clouds(60, 2.0), clouds(40, 2.0, seed=1)
+    values = iter([0.2, 0.7, 0.7, 0.1])
+    outcome = logistic_regression(
+        *train, *val, val[0], CLASSES, lambda scores, targets: next(values), strengths=(0.1, 100.0, 1.0, 10.0)
+    )
+    assert outcome.validation == [(100.0, 0.2), (10.0, 0.7), (1.0, 0.7), (0.1, 0.1)]
+    assert outcome.strength == 10.0
+
+
+def test_one_vs_rest_path():
+    (train, labels), (val, val_labels) = clouds(80, 2.0), clouds(80, 2.0, seed=1)
+    targets, val_targets = problems(labels), problems(val_labels, seed=1)
+
+    def score(scores, truth):
+        assert truth is val_targets
+        return float(((scores > 0) == (truth == 1))[truth >= 0].mean())
+
+    strengths = (0.01, 1.0, 100.0)
+    outcome = logistic_regression(train, targets, val, val_targets, val, CLASSES, score, strengths=strengths)
+    both = np.concatenate([train, val]), np.concatenate([targets, val_targets])
+    expected = fit_logistic(*both, CLASSES, outcome.strength)
+    np.testing.assert_allclose(sigmoid(outcome.scores), logits(expected, val).sigmoid().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["training", "validation", "test"])
+def test_feature_that_is_not_finite(which):
+    sets = {name: clouds(40, 2.0) for name in ("training", "validation", "test")}
+    sets[which][0][17, 3] = np.inf if which == "test" else np.nan
+    with pytest.raises(InputError, match=f"row 17 of the {which} features is not finite"):
+        logistic_regression(*sets["training"], *sets["validation"], sets["test"][0], CLASSES, top1, strengths=(1.0,))
+    if which == "training":
+        with pytest.raises(InputError, match="row 17"):
+            fit_logistic(*sets["training"], CLASSES, 1.0, block=5)
+
+
+def test_strengths_are_the_papers():
+    assert len(STRENGTHS) == 45
+    np.testing.assert_allclose(np.diff(np.log10(STRENGTHS)), 0.25)
+    assert (STRENGTHS[0], STRENGTHS[-1]) == pytest.approx((1e-6, 1e5))
+
+
+def test_iterations_that_run_out_are_told():
+    features, labels = (torch.tensor(a) for a in clouds(60, 2.0))
+    assert _fit([(features, labels)], CLASSES, 0.1, None, "cpu")[1]
+    assert not _fit([(features, labels)], CLASSES, 0.1, None, "cpu", max_iterations=12)[1]
