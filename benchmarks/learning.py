@@ -140,7 +140,8 @@ def render():
     text = [
         "# What was learned\n",
         "Written by `python -m benchmarks.learning`; every figure is a line of a record in `docs/results/`.",
-        "Test accuracy in %, mean over seeds, and in brackets the lowest and highest. Labels are never used to train.",
+        "Test accuracy in %, mean over seeds, and in brackets the lowest and highest. Only the row `supervised` has",
+        "learned from labels.",
     ]
     for name, measures in MEASURES.items():
         path = RESULTS / f"{name}.json"

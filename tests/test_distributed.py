@@ -25,16 +25,30 @@ def data(step):
     return [torch.from_numpy(rng.normal(size=(BATCH, DIM))).float() for _ in range(2)], torch.arange(BATCH) + 100 * step
 
 
-def objective():
+OPTIONS = {  # of NNCLR, each on its own
+    "kth": {"neighbour": "kth", "neighbour_k": 3},
+    "random": {"neighbour": "random", "neighbour_k": 4},
+    "soft": {"neighbour": "soft", "neighbour_k": 5},
+    "oracle": {"neighbour": "oracle", "labels": torch.arange(1000) % 3},
+    "own ids left out": {"exclude_own_id": True},
+    "both views": {"enqueue_both_views": True},
+    "random replacement": {"replacement": "random"},
+    "no predictor": {"use_predictor": False},
+    "transposed and decoupled": {"transpose_loss": True, "decoupled_loss": True},
+}
+
+
+def objective(**options):
     torch.manual_seed(0)
-    made = nnclr.NNCLR(DIM, DIM, 8, 8, support_set_size=31)
-    made.projector, made.predictor = torch.nn.Linear(DIM, DIM), torch.nn.Linear(DIM, DIM)  # no batch norm
+    made = nnclr.NNCLR(DIM, DIM, 8, 8, support_set_size=31, **options)
+    made.projector = torch.nn.Linear(DIM, DIM)  # no batch norm
+    made.predictor = torch.nn.Linear(DIM, DIM) if options.get("use_predictor", True) else made.predictor
     return made
 
 
-def train(rows, average):
+def train(rows, average, **options):
     """Losses, gradients and the support set after 5 steps on these rows of each batch."""
-    made, losses, gradients = objective(), [], []
+    made, losses, gradients = objective(**options), [], []
     for step in range(5):
         views, ids = data(step)
         made.zero_grad()
@@ -88,6 +102,10 @@ def worker(number, world, folder):
         function(views[0][rows].double(), own, 0.1).backward()
         report[name] = own.grad
 
+    report["options"] = {}
+    for name, options in OPTIONS.items():
+        losses, gradients, support_set = train(rows, average, **options)
+        report["options"][name] = {"losses": losses, "gradients": gradients, "state": support_set.state_dict()}
     report["methods"] = {name: train_method(name, rows, average) for name in METHODS}
     report["local"] = {}  # control: each rank by itself
     for name in NEED_EVERYONE:
@@ -151,6 +169,13 @@ def test_ranks_equal_one_process(world, tmp_path):
             for own, expected_gradient in zip(made["gradients"], alone["gradients"], strict=True):
                 assert (own - expected_gradient).norm() <= 1e-5 * expected_gradient.norm() + 1e-7, name
             for key, value in alone["state"].items():
+                torch.testing.assert_close(made["state"][key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
+    for name, options in OPTIONS.items():
+        alone_losses, alone_gradients, alone_set = train(slice(None), lambda tensor: None, **options)
+        for made in (report["options"][name] for report in reports):
+            np.testing.assert_allclose(made["losses"], alone_losses, rtol=1e-5, err_msg=name)
+            assert (made["gradients"] - alone_gradients).norm() <= 1e-5 * alone_gradients.norm(), name
+            for key, value in alone_set.state_dict().items():
                 torch.testing.assert_close(made["state"][key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
     for name, made in reports[0]["local"].items():
         alone = reports[0]["methods"][name]

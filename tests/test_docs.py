@@ -33,6 +33,28 @@ def configuration_table():
     return "\n" + "\n".join(lines) + "\n\n"
 
 
+def presets_page():
+    """What each recipe says of itself in its first comments, and its main settings."""
+    lines = [
+        "# Presets\n",
+        "Written by `python -m tests.test_docs` from `src/nnclr/presets/`. Use: `nnclr pretrain DATA --out RUN --preset P`;",
+        "every flag beside it wins over it, and `--dry-run` shows what the run would be. Expected figures are those of the",
+        "sources, measured by their code.",
+    ]
+    for name in config.presets():
+        text = (Path(config.__file__).parent / "presets" / f"{name}.toml").read_text()
+        said = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+        made = config.load_preset(name)
+        keys = ("backbone", "image_size", "epochs", "batch_size", "optimizer", "learning_rate", "augmentation")
+        shown = ", ".join(f"{key} {made[key]}" for key in keys if key in made)
+        lines.append(f"\n## {name}\n\n" + "\n".join(said) + f"\n\n`{shown}`")
+    return "\n".join(lines) + "\n"
+
+
+def test_presets_page_is_that_of_the_presets():
+    assert (ROOT / "docs/presets.md").read_text() == presets_page(), "run python -m tests.test_docs"
+
+
 def test_configuration_page_is_the_dataclass():
     text = (ROOT / "docs/configuration.md").read_text()
     assert text.split(START)[1].split(END)[0] == configuration_table(), "run python -m tests.test_docs"
@@ -140,3 +162,4 @@ if __name__ == "__main__":
     path = ROOT / "docs/configuration.md"
     before, rest = path.read_text().split(START)
     path.write_text(before + START + configuration_table() + END + rest.split(END)[1])
+    (ROOT / "docs/presets.md").write_text(presets_page())

@@ -1,7 +1,10 @@
 """A sweep: what it runs, what it reports, and that it goes on where it was stopped."""
 
 import json
+import re
+import shutil
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,9 @@ import pytest
 from PIL import Image
 
 from nnclr import cli, sweep
-from nnclr.config import make_config
-from nnclr.errors import InputError
+from nnclr.config import from_toml, make_config
+from nnclr.errors import InputError, NonFiniteError, StorageError
+from nnclr.run_folder import Run
 
 SETTINGS = """
 [settings]
@@ -28,18 +32,22 @@ evaluate_every_epochs = 1
 """
 
 
-@pytest.fixture
-def spec(tmp_path):
+def write_spec(folder):
     rng = np.random.default_rng(0)
     for i in range(40):
-        folder = tmp_path / "photos" / ("cats", "dogs")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    path = tmp_path / "spec.toml"
+        photos = folder / "photos" / ("cats", "dogs")[i % 2]
+        photos.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(photos / f"{i}.png")
+    path = folder / "spec.toml"
     path.write_text(
-        f'data = "{tmp_path}/photos"\nseeds = [0, 1]\n{SETTINGS}\n[grid]\ntemperature = [0.1, 0.5]\nflip = [0.0]\n'
+        f'data = "{folder}/photos"\nseeds = [0, 1]\n{SETTINGS}\n[grid]\ntemperature = [0.1, 0.5]\nflip = [0.0]\n'
     )
     return path
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return write_spec(tmp_path)
 
 
 def test_a_sweep_runs_its_grid_and_reports_it(spec, tmp_path, capsys):
@@ -77,13 +85,171 @@ def test_a_sweep_runs_its_grid_and_reports_it(spec, tmp_path, capsys):
         (("data = ", "preset = "), "lacks data"),
         (("[grid]", "[grid"), "no readable sweep"),
         (("epochs = 1\n", "epochs = 1\nflip = 0.5\n"), r"name nothing that \[grid\] varies"),
+        (("flip = [0.0]", "seed = [0, 1]"), r"seed belongs in neither .* use seeds = \[...\]"),
+        (("epochs = 1\n", "epochs = 1\nseed = 3\n"), r"seed belongs in neither .* use seeds = \[...\]"),
+        (("epochs = 1\n", 'epochs = 1\nout = "x"\n'), "out belongs in neither .* use --out"),
+        (("flip = [0.0]", 'preset = ["demo"]'), "preset belongs in neither"),
+        (("flip = [0.0]", 'data = ["photos"]'), "data belongs in neither"),
+        (("epochs = 1\n", 'epochs = 1\ntest_data = "photos"\n'), "test_data belongs in neither"),
+        (("seeds = [0, 1]", "preset = 3"), "preset=3 must be text"),
+        (("seeds = [0, 1]", "test_data = 3"), "test_data=3 must be text"),
+        (("seeds = [0, 1]", 'test_data = "nowhere"'), "nowhere"),
+        (("seeds = [0, 1]", "seeds = [0, -1]"), "seed=-1 must be"),
+        (("/photos", "/photos/cats"), "has no labels"),
+        (("flip = [0.0]", "evaluate_every_epochs = [1, 0]"), "evaluate_every_epochs=0 measures nothing"),
+        (("flip = [0.0]", "neighbour_k = [1, 2]"), "neighbour_k=2 needs"),
+        (("flip = [0.0]", "batch_size = [16, 64]"), "batch_size=64 is larger than the data"),
+        (("flip = [0.0]", 'backbone = ["small-convnet", "resnet5"]'), "no backbone is called 'resnet5'"),
     ],
 )
 def test_a_wrong_spec_is_refused_before_the_first_run(spec, tmp_path, change, words):
-    spec.write_text(spec.read_text().replace(*change, 1))
+    text = spec.read_text()
+    name = change[1].partition(" = ")[0]
+    if change[0].startswith("flip"):  # what the grid varies may not be set above it
+        text = re.sub(rf"(?m)^{name} = .*\n", "", text, count=1) if name != "data" else text
+    spec.write_text(text.replace(*change, 1))
     with pytest.raises(InputError, match=words):
         sweep.run_sweep(spec, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_combination_is_built_once_before_the_first_run(spec, tmp_path, monkeypatch):
+    class FirstRun(Exception):
+        pass
+
+    def run(*_, **__):
+        raise FirstRun
+
+    built = []
+    monkeypatch.setattr(sweep, "build", lambda config, *_, **__: built.append(config.temperature))
+    monkeypatch.setattr(sweep, "pretrain", run)
+    with pytest.raises(FirstRun):
+        sweep.run_sweep(spec, tmp_path / "out", quiet=True)
+    assert built == [0.1, 0.5]  # and not for each of the two seeds
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = write_spec(tmp_path_factory.mktemp("trained"))
+    path.write_text(path.read_text().replace("temperature = [0.1, 0.5]", "temperature = [0.1]"))
+    sweep.run_sweep(path, path.parent / "out", quiet=True)
+    return path.parent / "out"
+
+
+@pytest.fixture
+def finished(trained, spec, tmp_path):
+    """A folder with the two finished runs of one combination, and `spec` for it."""
+    spec.write_text(spec.read_text().replace("temperature = [0.1, 0.5]", "temperature = [0.1]"))
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+def rows_of(out):
+    return json.loads((out / "results.json").read_text())["rows"]
+
+
+def test_the_last_steps_own_knn_is_reported(finished, spec):
+    """Neither what `nnclr evaluate` added later, nor what an earlier step reached."""
+    path = finished / "temperature-0.1-flip-0.0-seed0" / "evaluations.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    values = rows_of(finished)[0]["values"]
+    assert len({line["step"] for line in lines}) == 2
+    with open(path, "a") as file:
+        file.write(json.dumps(lines[-1] | {"value": 0.123}) + "\n")
+    sweep.run_sweep(spec, finished, quiet=True)
+    assert rows_of(finished)[0]["values"] == values
+    path.write_text(json.dumps(lines[0]) + "\n")  # as if the run had been trained without evaluations
+    with pytest.raises(InputError, match="has no kNN of its last step, 2; remove the folder"):
+        sweep.run_sweep(spec, finished, quiet=True)
+
+
+def test_the_table_says_where_the_figures_come_from(finished, spec):
+    runs = [finished / f"temperature-0.1-flip-0.0-seed{seed}" for seed in (0, 1)]
+    facts = json.loads((runs[0] / "environment.json").read_text())
+    config = from_toml((runs[0] / "config.toml").read_bytes(), "config.toml")
+    (origin,) = rows_of(finished)[0]["origins"]
+    assert origin == {name: facts[name] for name in ("device", "torch", "nnclr", "commit")} | {
+        "precision": config.precision
+    }
+    first = (finished / "table.md").read_text().splitlines()[0]
+    assert f"on {facts['device']}, torch {facts['torch']}, {config.precision}, nnclr {facts['nnclr']}" in first
+    assert "Warning" not in (finished / "table.md").read_text()
+
+    parsed = sweep.read_spec(spec)
+    for name, other in (("device", "Abacus 3"), ("torch", "9.9"), ("commit", "f" * 40)):
+        (runs[1] / "environment.json").write_text(json.dumps(facts | {name: other}))
+        origins = [sweep.origin(Run(run), parsed) for run in runs]
+        row = {"cell": {"temperature": 0.1, "flip": 0.0}, "values": [0.5, 0.6], "mean": 0.55, "interval": None}
+        sweep._write(finished, spec, parsed, [row | {"failed": [], "origins": origins}])
+        table = (finished / "table.md").read_text()
+        assert "Warning: the runs come from different machines or versions" in table
+        assert other[:9] in table
+        assert [one[name] for one in rows_of(finished)[0]["origins"]] == [facts[name], other]
+
+
+def test_what_the_grid_varies_is_no_difference_of_origin(finished, spec):
+    run = Run(finished / "temperature-0.1-flip-0.0-seed0")
+    parsed = sweep.read_spec(spec)
+    assert "precision" in sweep.origin(run, parsed)
+    parsed.grid["precision"] = ["bf16", "fp32"]
+    assert "precision" not in sweep.origin(run, parsed)
+
+
+def test_a_diverging_combination_does_not_end_the_sweep(spec, tmp_path, capsys):
+    spec.write_text(
+        spec.read_text()
+        .replace("temperature = [0.1, 0.5]\nflip = [0.0]", "learning_rate = [1e38, 0.3]")
+        .replace("seeds = [0, 1]", "seeds = [0]")
+        .replace("num_workers = 0", 'num_workers = 0\noptimizer = "sgd"\nprecision = "fp32"')
+    )
+    assert cli.main(["sweep", str(spec), "--out", str(tmp_path / "out")]) == 0
+    bad, good = rows_of(tmp_path / "out")
+    assert (bad["values"], bad["mean"], bad["interval"]) == ([], None, None)
+    assert [failure["seed"] for failure in bad["failed"]] == [0]
+    assert "not both finite" in bad["failed"][0]["reason"]
+    assert (len(good["values"]), good["failed"]) == (1, [])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| 1e+38 | failed: 1 of 1 |" in table
+    assert f"| 0.3 | {100 * good['mean']:.1f} |" in table
+    assert (tmp_path / "out" / "plot.png").is_file()
+
+
+def test_a_failed_run_is_left_out_of_the_mean_and_tried_again(finished, spec, monkeypatch):
+    runs, failing = [], [NonFiniteError("the loss is not finite")]
+    pretrain = sweep.pretrain
+
+    def broken(data, out, **options):
+        runs.append(out.name)
+        if out.name.endswith("seed1") and failing:
+            raise failing[0]
+        return pretrain(data, out, **options)
+
+    before = rows_of(finished)
+    monkeypatch.setattr(sweep, "pretrain", broken)
+    sweep.run_sweep(spec, finished, quiet=True)
+    (row,) = rows_of(finished)
+    assert row["values"] == before[0]["values"][:1]
+    assert row["failed"] == [{"seed": 1, "reason": "the loss is not finite"}]
+    assert f"| {100 * row['mean']:.1f} failed: 1 of 2 |" in (finished / "table.md").read_text()
+    failing.clear()
+    sweep.run_sweep(spec, finished, quiet=True)
+    assert rows_of(finished) == before
+
+    for error in (StorageError("full"), KeyboardInterrupt()):  # nothing that the next combination could do better
+        failing[:] = [error]
+        with pytest.raises(type(error)):
+            sweep.run_sweep(spec, finished, quiet=True)
+
+
+def test_an_objective_may_lie_in_the_working_directory(spec, tmp_path, monkeypatch):
+    (tmp_path / "objective_of_a_sweep.py").write_text("from nnclr import SimCLR\n\n\nclass Mine(SimCLR):\n    pass\n")
+    text = spec.read_text().replace("predictor_hidden_dim = 8\nsupport_set_size = 20\n", "")
+    spec.write_text(
+        text.replace("[0.1, 0.5]", "[0.1]").replace("flip = [0.0]", 'objective = ["objective_of_a_sweep:Mine"]')
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    sweep.run_sweep(spec, tmp_path / "out", quiet=True)
+    assert rows_of(tmp_path / "out")[0]["cell"]["objective"] == "objective_of_a_sweep:Mine"
 
 
 def test_interval_is_students():

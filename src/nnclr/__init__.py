@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from nnclr.distributed import gather
     from nnclr.encoder import Encoder
     from nnclr.evaluation import evaluate
     from nnclr.models.heads import PredictionHead, ProjectionHead
@@ -34,6 +35,7 @@ _HOME = {
     "SimCLR": "nnclr.objectives.simclr",
     "SupportSet": "nnclr.support_set",
     "evaluate": "nnclr.evaluation",
+    "gather": "nnclr.distributed",
     "nnclr_loss": "nnclr.objectives.nnclr",
     "nt_xent_loss": "nnclr.objectives.simclr",
     "open_encoder": "nnclr.pretrained",
@@ -53,6 +55,7 @@ __all__ = [
     "SimCLR",
     "SupportSet",
     "evaluate",
+    "gather",
     "nnclr_loss",
     "nt_xent_loss",
     "open_encoder",

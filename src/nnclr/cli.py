@@ -183,14 +183,16 @@ def _print_dry_run(given: dict[str, Any]) -> None:
     import torch
 
     from nnclr.config import make_config
-    from nnclr.data.source import open_source
+    from nnclr.data.source import open_source, test_split
     from nnclr.dry_run import dry_run
     from nnclr.training import build, make_views, resolve, train
 
     source = open_source(given["data"])
+    test = open_source(given["test_data"]) if "test_data" in given else test_split(given["data"])
     config = resolve(make_config(**{"out": "unused"} | given), source)
     state = build(config, torch.device(config.device), labels=source.labels)
-    print(dry_run(config, source, state, [view.size for view in make_views(config)], train))
+    for text in dry_run(config, source, test, state, [view.size for view in make_views(config)], train):
+        print(text, flush=True)
 
 
 _OF_ALL_PROTOCOLS = ("encoder", "data", "protocol", "test", "baselines", "out", "device", "num_workers", "seed")

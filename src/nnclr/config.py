@@ -71,11 +71,19 @@ class Config:
     blur: float | None = None
     """Probability of Gaussian blur."""
     solarize: float | None = None
-    """Probability of solarising (inverting the bright half)."""
+    """Probability of solarising (inverting what is bright)."""
+    crop_max_ratio: float | None = None
+    """Largest width over height of a crop, and height over width; default the policy's, 4/3."""
+    blur_max_sigma: float | None = None
+    """Largest standard deviation of the blur in pixels, at least 0.1; default the policy's, 2."""
+    solarize_threshold: float | None = None
+    """Values from this on are inverted by solarising; default the policy's, 0.5."""
     small_views: int = 6
     """Small views beside the two large ones (multi-crop)."""
     small_view_size: int | None = None
     """Pixels of a small view (multi-crop); default 96 / 224 of the image size."""
+    small_crop_min_scale: float = 0.05
+    """Smallest share of the image's area that a small view covers (multi-crop)."""
     small_crop_max_scale: float = 0.14
     """Largest share of the image's area that a small view covers (multi-crop)."""
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
@@ -86,8 +94,8 @@ class Config:
     """Momentum of LARS and SGD."""
     weight_decay: float = 1e-6
     """Weight decay."""
-    warmup_epochs: float = 10.0
-    """Epochs of linear warm-up before the cosine decay to 0; at most a tenth of the run."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up before the cosine decay to 0; default the paper's 10, but at most a tenth of the run."""
     clip_grad_norm: float | None = None
     """Largest gradient norm; longer gradients are scaled down to it."""
     temperature: float = 0.1
@@ -163,6 +171,15 @@ class Config:
                 raise InputError(f"{field.name}={value} must be a finite number {bound} {low}")
         if self.momentum >= 1:
             raise InputError(f"momentum={self.momentum} must be below 1")
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise InputError(f"warmup_epochs={self.warmup_epochs} is longer than the run of epochs={self.epochs}")
+        if self.small_crop_min_scale > self.small_crop_max_scale:
+            raise InputError(
+                f"small_crop_min_scale={self.small_crop_min_scale} is above "
+                f"small_crop_max_scale={self.small_crop_max_scale}"
+            )
+        if self.neighbour in ("kth", "random", "soft") and self.neighbour_k is None:
+            raise InputError(f"neighbour={self.neighbour} needs a neighbour_k: how many neighbours it is about")
         for name, most in _HIGHEST.items():
             value = getattr(self, name)
             if value is not None and value > most:
@@ -176,6 +193,9 @@ _LOWEST: dict[str, tuple[float, bool]] = {
     "epochs": (0, True),
     "batch_size": (2, False),
     "small_view_size": (8, False),
+    "small_crop_min_scale": (0, True),
+    "crop_max_ratio": (1, False),
+    "blur_max_sigma": (0.1, False),
     "small_crop_max_scale": (0, True),
     "crop_min_scale": (0, True),
     "learning_rate": (0, True),
@@ -196,7 +216,9 @@ _LOWEST: dict[str, tuple[float, bool]] = {
 # The highest value of a share, a probability or a turn.
 _HIGHEST = {
     **dict.fromkeys(
-        "crop_min_scale small_crop_max_scale flip jitter grayscale blur solarize ema_momentum".split(), 1.0
+        "crop_min_scale small_crop_min_scale small_crop_max_scale flip jitter grayscale blur solarize "
+        "solarize_threshold ema_momentum".split(),
+        1.0,
     ),
     "hue": 0.5,
 }
@@ -239,13 +261,37 @@ def make_config(data: str, out: str, preset: str | None = None, **fields: Any) -
     """
     values = load_preset(preset) if preset is not None else {}
     fields = _typed(fields, "settings")
-    name = fields.get("objective", values.get("objective", Config.objective))
+    theirs = values.get("objective", Config.objective)
+    name = fields.get("objective", theirs)
     unused = own_fields() - set(_objective(name).settings)
-    values = {key: value for key, value in values.items() if key not in unused}  # of the preset's objective
+    if name != theirs:  # what the preset says to its own objective
+        values = {key: value for key, value in values.items() if key not in unused}
+    if {"epochs", "warmup_epochs"} & fields.keys() == {"epochs"} and "warmup_epochs" in values:
+        # The preset's warm-up is that of its own length; a short try of it warms up for a tenth.
+        values["warmup_epochs"] = min(values["warmup_epochs"], 0.1 * fields["epochs"])
     for key in sorted(unused):
-        if fields.get(key, getattr(Config, key)) != getattr(Config, key):
-            raise InputError(f"{key}={fields[key]!r} is no setting of {name}; leave it out")
+        given = {**values, **fields}.get(key, getattr(Config, key))
+        if given != getattr(Config, key):
+            raise InputError(f"{key}={given!r} is no setting of {name}; leave it out")
+    for condition, keys in _WITHOUT_EFFECT.items():
+        switch, needed = condition
+        if fields.get(switch, values.get(switch, getattr(Config, switch))) not in needed:
+            for key in keys:
+                if fields.get(key, getattr(Config, key)) != getattr(Config, key):
+                    raise InputError(f"{key}={fields[key]!r} has no effect without {switch}={' or '.join(needed)}")
     return Config(**values | fields | {"data": data, "out": out, "preset": preset}).check()
+
+
+# (field, values) -> fields that do nothing where it has another value.
+_WITHOUT_EFFECT = {
+    ("augmentation", ("multi-crop",)): (
+        "small_views",
+        "small_view_size",
+        "small_crop_min_scale",
+        "small_crop_max_scale",
+    ),
+    ("optimizer", ("lars", "sgd")): ("momentum",),
+}
 
 
 def own_fields() -> set[str]:
@@ -255,9 +301,13 @@ def own_fields() -> set[str]:
 
 def _objective(name: str) -> type[Objective]:
     try:
-        return find_objective(name)
+        kind = find_objective(name)
     except ValueError as error:
         raise InputError(str(error)) from error
+    unknown = set(kind.settings) - {field.name for field in dataclasses.fields(Config)} - {"labels"}
+    if unknown:
+        raise InputError(f"the objective {name} has a setting '{min(unknown)}' that is no field of the configuration")
+    return kind
 
 
 def presets() -> list[str]:

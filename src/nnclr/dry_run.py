@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnclr.checkpoint import TrainState
 from nnclr.data.images import Source
+from nnclr.models.ema import averaged_features
 from nnclr.progress import duration
 from nnclr.run_folder import Run
 
+_CPU_FLOPS = 50e9  # a second; what a few cores reach, to guess how long two steps take
+_LONGEST = 60.0  # seconds that two steps of a smaller batch may take by that guess
+_MEMINFO = Path("/proc/meminfo")
 
-def dry_run(config: Any, source: Source, state: TrainState, sizes: list[int], train: Callable[..., Run]) -> str:
-    """Describe a run and try two steps of it in a temporary folder.
+
+def dry_run(
+    config: Any, source: Source, test: Source | None, state: TrainState, sizes: list[int], train: Callable[..., Run]
+) -> Iterator[str]:
+    """Describe a run, then try two steps of it in a temporary folder.
 
     Args:
         config: resolved.
         source: the images.
+        test: images of the online kNN, only to find mistakes in them.
         state: at step 0, on the device.
         sizes: pixels of each view.
         train: the training loop.
 
-    Returns:
-        The description, some lines of text.
+    Yields:
+        The description, some lines of text; then what the two steps gave.
     """
     batch, steps = config.batch_size, len(source) // config.batch_size
-    total = round(config.epochs * steps)
+    epochs = config.epochs + config.extend_epochs
+    total = round(epochs * steps)
     flops, activations, width, dim = measure(state, sizes)
-    fixed = 4 * sum(t.nbytes for t in state.backbone.parameters()) + 4 * sum(
-        t.nbytes for t in state.objective.parameters()
-    )  # weights, gradients and at most two moments of the optimiser
-    fixed += sum(t.nbytes for t in state.objective.state_dict().values())
+    fixed = fixed_memory(state)
     needed, free = fixed + batch * activations, free_memory(torch.device(config.device))
     heads = sum(p.numel() for p in state.objective.parameters())
     lines = [
@@ -49,30 +56,78 @@ def dry_run(config: Any, source: Source, state: TrainState, sizes: list[int], tr
         f"memory    about {needed / 2**30:.1f} GiB ({fixed / 2**30:.1f} fixed, "
         f"{activations / 2**20:.1f} MiB an image), {free / 2**30:.1f} GiB free",
     ]
+    yield "\n".join(lines)
+    tried = batch
     if needed > 0.9 * free:
-        lines.append("two steps were not tried: they may not fit; use a smaller --batch-size or another --device")
-        return "\n".join(lines)
+        speed = _CPU_FLOPS if config.device == "cpu" else float("inf")
+        tried = smaller_batch(batch, 0.5 * free - fixed, activations, _LONGEST * speed / (2 * flops))
+        if tried == 0:
+            yield "two steps were not tried: not even 2 images may fit; use another --device or a smaller network"
+            return
+    try:
+        losses, rate = two_steps(dataclasses.replace(config, batch_size=tried), source, test, train)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        yield f"two steps failed: memory ran out at batch {tried}; use a smaller --batch-size or another --device"
+        return
+    at, estimate = ("", "") if tried == batch else (f" at batch {tried}", f"; an estimate from batch {tried}")
+    if tried < batch:
+        yield f"batch {batch} may not fit into this memory; use a smaller --batch-size or another --device"
+    yield f"two steps losses {losses[0]:.3f} and {losses[1]:.3f}, {rate:.0f} images/s{at}"
+    yield f"time      about {duration(total * batch / rate)} for {epochs:g} epochs, without evaluations{estimate}"
+
+
+def two_steps(config: Any, source: Source, test: Source | None, train: Callable[..., Run]) -> tuple[list[float], float]:
+    """Losses of two steps, and images a second of the second one (the first also starts things up)."""
     with tempfile.TemporaryDirectory() as folder:
-        short = {"out": str(Path(folder) / "run"), "epochs": 2 / steps, "extend_epochs": 0.0, "log_every_steps": 1}
-        run = train(dataclasses.replace(config, **short, evaluate_every_epochs=0.0), source, quiet=True)
-        losses = [line["loss"] for line in run.metrics]
-        rate = run.metrics[-1]["images_per_second"]  # the first step also starts things up
-    lines.append(f"two steps losses {losses[0]:.3f} and {losses[1]:.3f}, {rate:.0f} images/s")
-    lines.append(f"time      about {duration(total * batch / rate)} for {config.epochs:g} epochs, without evaluations")
-    return "\n".join(lines)
+        short = {
+            "out": str(Path(folder) / "run"),
+            "epochs": 2 / (len(source) // config.batch_size),
+            "extend_epochs": 0.0,
+            "log_every_steps": 1,
+            "evaluate_every_epochs": 0.0,
+        }
+        run = train(dataclasses.replace(config, **short), source, test, quiet=True)
+        return [line["loss"] for line in run.metrics], run.metrics[-1]["images_per_second"]
+
+
+def smaller_batch(batch: int, budget: float, activations: float, most: float) -> int:
+    """The largest power of two below the batch whose activations fit the budget; 0 where 2 images do not.
+
+    Args:
+        batch: images of a step of the run.
+        budget: bytes.
+        activations: bytes an image.
+        most: images that a step may have for its time; 2 are always tried.
+    """
+    if batch <= 2 or 2 * activations > budget:
+        return 0
+    tried = 2
+    while 2 * tried < batch and 2 * tried * activations <= budget and 2 * tried <= most:
+        tried *= 2
+    return tried
+
+
+def fixed_memory(state: TrainState) -> int:
+    """Bytes of weights, buffers and averages, and of gradients and at most two moments of the optimiser."""
+    modules = [module for module in (state.backbone, state.objective, state.average) if module is not None]
+    held: int = sum(t.nbytes for module in modules for t in module.state_dict().values())
+    trained: int = sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
+    return held + 3 * trained
 
 
 def measure(state: TrainState, sizes: list[int], images: int = 4) -> tuple[float, float, int, int]:
     """FLOPs of a training step and bytes kept for its backward pass, both an image, in float32; widths.
 
-    The backward pass is counted as twice the forward (a product for each of the two gradients).
+    The backward pass is run and counted, so that work without gradient (averaged networks, the look-up) counts once.
 
     Returns:
         FLOPs, bytes, width of the features, width of the embeddings.
     """
     device = next(state.backbone.parameters()).device
-    buffers = {name: value.clone() for name, value in state.backbone.state_dict().items()}
-    heads = {name: value.clone() for name, value in state.objective.state_dict().items()}
+    modules = [module for module in (state.backbone, state.objective, state.average) if module is not None]
+    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -80,24 +135,32 @@ def measure(state: TrainState, sizes: list[int], images: int = 4) -> tuple[float
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    weights = {
-        p.untyped_storage().data_ptr() for module in (state.backbone, state.objective) for p in module.parameters()
-    }
+    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         views = [torch.rand(images, 3, size, size, device=device) for size in sizes]
         features = [state.backbone(view) for view in views]
-        targets = None if state.average is None else [feature.detach() for feature in features[:2]]
+        targets = None if state.average is None else averaged_features(state.average, views)
         out = state.objective(features, targets, torch.zeros(images, dtype=torch.int64, device=device))
-    flops = 3 * counter.get_total_flops() / images
+        out.loss.backward()
+    flops = counter.get_total_flops() / images
     width, dim = features[0].shape[1], out.embeddings[0].shape[1]
-    state.backbone.load_state_dict(buffers)  # the batch norms have seen this noise
-    state.objective.load_state_dict(heads)
+    for module, values in zip(modules, before, strict=True):  # the batch norms have seen this noise
+        module.load_state_dict(values)
+        module.zero_grad()
     activations = sum(size for pointer, size in kept.items() if pointer not in weights) / images
     return flops, activations, width, dim
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on the device."""
+    """Bytes that are free on the device; on Linux with what the kernel would give back from its caches."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    if _MEMINFO.exists():
+        available = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())
+        if available is not None:
+            return float(available[1]) * 1024
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)

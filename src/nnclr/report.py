@@ -32,15 +32,15 @@ def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Sour
 
     Args:
         path: the PNG to write.
-        encoder: the backbone as it is now.
-        objective: for its projector and support set.
+        encoder: the backbone that the look-up uses: the averaged one, where there is one.
+        objective: for its projector, likewise, and its support set.
         source: the images that were trained on.
         bad: ids of images that cannot be read; they are not asked for.
     """
     order = counter.permutation(0, 0, len(source)).tolist()
     queries = [i for i in order if i not in bad][:QUERIES]
     features = torch.from_numpy(encoder.embed(source.subset(np.array(queries)), num_workers=0)).to(encoder.device)
-    projector, support_set = objective.projector, objective.support_set
+    projector, support_set = objective.average_projector or objective.projector, objective.support_set
     was_training = projector.training
     projector.eval()
     with torch.no_grad():

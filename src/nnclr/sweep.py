@@ -17,6 +17,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,14 +25,28 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnclr.checkpoint import write_atomically
-from nnclr.errors import InputError
+from nnclr.config import make_config
+from nnclr.data.images import Source
+from nnclr.data.source import open_source, test_split
+from nnclr.errors import InputError, NonFiniteError
 from nnclr.report import draw_sweep
-from nnclr.training import check_settings, pretrain
+from nnclr.run_folder import Run
+from nnclr.training import build, pretrain, resolve
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them its expansion in 1 / n.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _KEYS = {"data", "preset", "test_data", "seeds", "settings", "grid"}
+# Fields that no table may set, and what sets them.
+_ELSEWHERE = {
+    "data": "data = ... above the tables",
+    "out": "--out",
+    "preset": "preset = ... above the tables",
+    "seed": "seeds = [...] above the tables",
+    "test_data": "test_data = ... above the tables",
+}
 
 
 @dataclass(frozen=True)
@@ -67,19 +82,25 @@ def read_spec(path: Path) -> Spec:
     grid, settings, seeds = values.get("grid", {}), values.get("settings", {}), values.get("seeds", [0])
     if not isinstance(values.get("data"), str):
         raise InputError(f"{path} lacks data")
+    for name in ("preset", "test_data"):
+        if not isinstance(values.get(name, ""), str):
+            raise InputError(f"{path}: {name}={values[name]!r} must be text")
     if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
         raise InputError(f"{path} lacks a [grid] of settings with lists of values")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise InputError(f"{path}: seeds must be a list of whole numbers")
     if not isinstance(settings, dict) or settings.keys() & grid.keys():
         raise InputError(f"{path}: [settings] must be a table, and name nothing that [grid] varies")
+    for name in sorted((settings.keys() | grid.keys()) & _ELSEWHERE.keys()):
+        raise InputError(f"{path}: {name} belongs in neither [settings] nor [grid]; use {_ELSEWHERE[name]}")
     return Spec(values["data"], grid, seeds, settings, values.get("preset"), values.get("test_data"))
 
 
 def run_sweep(path: Path, out: Path, quiet: bool = False) -> Path:
     """Run what is not yet finished of a sweep and write `results.json`, `table.md` and `plot.png` into `out`.
 
-    A run that was interrupted resumes from its checkpoint; the table grows after each combination.
+    A run that was interrupted resumes from its checkpoint; the table grows after each combination. A run whose loss is
+    not finite counts as failed; the others go on, and the next call tries it again from its last checkpoint.
 
     Returns:
         The table's path.
@@ -88,28 +109,98 @@ def run_sweep(path: Path, out: Path, quiet: bool = False) -> Path:
         InputError: if the SPEC is wrong, or the images have no labels to measure with.
     """
     spec = read_spec(path)
-    rows: list[dict[str, Any]] = []
     cells = list(spec.cells())
-    for cell in cells:  # a mistake in the last combination must not cost the runs before it
-        check_settings(spec.data, out, spec.preset, **spec.settings, **cell)
+    if any(":" in str(name) for name in [spec.settings.get("objective"), *spec.grid.get("objective", [])]):
+        sys.path.insert(0, "")  # MODULE:CLASS may lie in the working directory, as with python -m
+    check(spec, out)
+    rows: list[dict[str, Any]] = []
     for cell in cells:
-        values: list[float] = []
-        for seed in spec.seeds:
-            fields = {**spec.settings, **cell, "seed": seed}
-            name = f"{_slug(cell)}-seed{seed}"
-            if not quiet:
-                done = len(rows) * len(spec.seeds) + len(values)
-                print(f"run {done + 1} of {len(cells) * len(spec.seeds)}: {name}", flush=True)
-            run = pretrain(spec.data, out / name, preset=spec.preset, test_data=spec.test_data, quiet=True, **fields)
-            knn = [line["value"] for line in run.evaluations if line["protocol"] == "knn"]
-            if not knn:
-                raise InputError(f"{spec.data} has no labels, so that the runs of a sweep cannot be compared")
-            values.append(knn[-1])
-        rows.append({"cell": cell, "values": values, "mean": statistics.mean(values), "interval": interval(values)})
-        if not quiet:
-            print(f"  kNN {_percent(rows[-1])}", flush=True)
+        rows.append(_run_cell(spec, out, cell, len(rows) * len(spec.seeds), quiet))
         _write(out, path, spec, rows)
     return out / "table.md"
+
+
+def _run_cell(spec: Spec, out: Path, cell: dict[str, Any], done: int, quiet: bool) -> dict[str, Any]:
+    """The row of one combination, trained with every seed."""
+    values: list[float] = []
+    failed: list[dict[str, Any]] = []
+    origins: list[dict[str, Any]] = []
+    total = math.prod(len(choices) for choices in spec.grid.values()) * len(spec.seeds)
+    for number, seed in enumerate(spec.seeds, done + 1):
+        fields = {**spec.settings, **cell, "seed": seed}
+        name = f"{_slug(cell)}-seed{seed}"
+        if not quiet:
+            print(f"run {number} of {total}: {name}", flush=True)
+        try:
+            run = pretrain(spec.data, out / name, preset=spec.preset, test_data=spec.test_data, quiet=True, **fields)
+        except NonFiniteError as error:  # as much an outcome of this combination as a figure
+            failed.append({"seed": seed, "reason": str(error)})
+            if not quiet:
+                print(f"  failed: {error}", flush=True)
+            continue
+        values.append(final_knn(run))
+        origins.append(origin(run, spec))
+    row = {
+        "cell": cell,
+        "values": values,
+        "mean": statistics.mean(values) if values else None,
+        "interval": interval(values),
+        "failed": failed,
+        "origins": _distinct(origins),
+    }
+    if not quiet:
+        print(f"  kNN {_percent(row)}", flush=True)
+    return row
+
+
+def check(spec: Spec, out: Path) -> None:
+    """Find what `pretrain` would refuse in any combination: a mistake in the last must not cost the runs before it.
+
+    The data is opened once; backbone and objective of each combination are built once, on the CPU, and dropped.
+
+    Raises:
+        InputError: for the first mistake, or if the images have no labels to measure with.
+    """
+    source = open_source(spec.data)
+    test = test_split(spec.data) if spec.test_data is None else open_source(spec.test_data)
+    for images in (source, test):
+        if images is not None and images.labels is None:
+            raise InputError(f"{images.name} has no labels, so that the runs of a sweep cannot be compared")
+    for cell in spec.cells():
+        _check_cell(source, spec, out, {**spec.settings, **cell, "seed": min(spec.seeds)})
+
+
+def _check_cell(source: Source, spec: Spec, out: Path, fields: dict[str, Any]) -> None:
+    config = resolve(make_config(spec.data, str(out), spec.preset, **fields), source)
+    if config.evaluate_every_epochs == 0:
+        raise InputError("evaluate_every_epochs=0 measures nothing that a sweep could compare; use another number")
+    build(config, torch.device("cpu"), labels=source.labels)
+
+
+def final_knn(run: Run) -> float:
+    """The online kNN of a finished run's last step.
+
+    Raises:
+        InputError: if there is none; the run was then trained with other evaluations, before the sweep.
+    """
+    step = run.metrics[-1]["step"]
+    # Later lines of the same step are from `nnclr evaluate`, perhaps with other images or neighbours.
+    for line in run.evaluations:
+        if line["protocol"] == "knn" and line["step"] == step:
+            return float(line["value"])
+    raise InputError(f"{run.path} has no kNN of its last step, {step}; remove the folder to train the run anew")
+
+
+def origin(run: Run, spec: Spec) -> dict[str, Any]:
+    """Device, versions and precision of a run, without what the grid varies."""
+    environment = json.loads((run.path / "environment.json").read_text())
+    facts = {name: environment[name] for name in ("device", "torch", "nnclr", "commit")}
+    facts["precision"] = tomllib.loads((run.path / "config.toml").read_text())["precision"]
+    return {name: value for name, value in facts.items() if name not in spec.grid}
+
+
+def _distinct(origins: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for i, one in enumerate(origins) if one not in origins[:i]]
 
 
 def interval(values: list[float]) -> float | None:
@@ -131,19 +222,42 @@ def _write(out: Path, path: Path, spec: Spec, rows: list[dict[str, Any]]) -> Non
     write_atomically(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
     names = list(spec.grid)
     lines = [
-        f"kNN accuracy in %, mean and 95 % interval over {len(spec.seeds)} seeds ({path.name}).\n",
+        f"kNN accuracy in %, mean and 95 % interval over {len(spec.seeds)} seeds ({path.name}), {_came_from(rows)}\n",
         f"| {' | '.join(names)} | kNN |",
         "|---" * (len(names) + 1) + "|",
         *(f"| {' | '.join(_shown(row['cell'][name]) for name in names)} | {_percent(row)} |" for row in rows),
     ]
     write_atomically(out / "table.md", ("\n".join(lines) + "\n").encode())
-    labels = [", ".join(_shown(value) for value in row["cell"].values()) for row in rows]
-    draw_sweep(out / "plot.png", ", ".join(names), labels, rows)
+    measured = [row for row in rows if row["values"]]
+    labels = [", ".join(_shown(value) for value in row["cell"].values()) for row in measured]
+    draw_sweep(out / "plot.png", ", ".join(names), labels, measured)
+
+
+def _came_from(rows: list[dict[str, Any]]) -> str:
+    """End of the table's first sentence: on what the figures were measured, with a warning where that differs."""
+    origins = _distinct([one for row in rows for one in row["origins"]])
+    texts = []
+    for one in origins:
+        commit = f" ({one['commit'][:9]})" if one["commit"] else ""
+        words = [one.get("device"), f"torch {one['torch']}", one.get("precision"), f"nnclr {one['nnclr']}{commit}"]
+        texts.append(", ".join(word for word in words if word))
+    if len(texts) == 1:
+        return f"on {texts[0]}."
+    if not texts:
+        return "no run was finished."
+    listed = "".join(f"\n- {text}" for text in texts)
+    return (
+        f"see below.\n\nWarning: the runs come from different machines or versions (results.json says which):\n{listed}"
+    )
 
 
 def _percent(row: dict[str, Any]) -> str:
-    spread = "" if row["interval"] is None else f" +- {100 * row['interval']:.1f}"
-    return f"{100 * row['mean']:.1f}{spread}"
+    parts = [] if row["mean"] is None else [f"{100 * row['mean']:.1f}"]
+    if row["interval"] is not None:
+        parts.append(f"+- {100 * row['interval']:.1f}")
+    if row["failed"]:
+        parts.append(f"failed: {len(row['failed'])} of {len(row['failed']) + len(row['values'])}")
+    return " ".join(parts)
 
 
 def _shown(value: Any) -> str:

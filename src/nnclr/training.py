@@ -89,11 +89,6 @@ def pretrain(
     return train(config, source, test, backbone if isinstance(backbone, nn.Module) else None, quiet)
 
 
-def check_settings(data: str, out: str | Path, preset: str | None = None, **fields: Any) -> None:
-    """Raise the InputError with which `pretrain` would refuse these settings, without looking at the data."""
-    make_config(data, str(out), preset, **fields)
-
-
 def train(
     config: Config,
     source: Source,
@@ -124,7 +119,7 @@ def train(
                 rate = learning_rate(
                     state.step,
                     peak=config.learning_rate * config.batch_size / 256,
-                    warmup_steps=min(config.warmup_epochs * plan.steps_per_epoch, 0.1 * total),
+                    warmup_steps=(config.warmup_epochs or 0.0) * plan.steps_per_epoch,
                     total_steps=total,
                 )
                 for group in optimizer.param_groups:
@@ -197,6 +192,7 @@ def resolve(config: Config, source: Source) -> Config:
         precision=choose_precision(config.precision, torch.device(device)),
         num_workers=min(8, os.cpu_count() or 1) if config.num_workers is None else config.num_workers,
         crop_min_scale=views[0].crop_scale[0],
+        warmup_epochs=min(10.0, 0.1 * config.epochs) if config.warmup_epochs is None else config.warmup_epochs,
         **defaults,
     )
 
@@ -225,14 +221,17 @@ def check_existing(run: Path, config: Config) -> None:
 
 def make_views(config: Config) -> tuple[View, ...]:
     """How the views are made."""
-    names = "flip jitter brightness contrast saturation hue grayscale blur solarize".split()
+    names = "flip jitter brightness contrast saturation hue grayscale blur solarize solarize_threshold".split()
+    ratio, sigma = config.crop_max_ratio, config.blur_max_sigma
     return policy(
         config.augmentation,
         config.image_size,
         config.crop_min_scale,
         config.small_views,
         config.small_view_size,
-        config.small_crop_max_scale,
+        (config.small_crop_min_scale, config.small_crop_max_scale),
+        crop_ratio=None if ratio is None else (1 / ratio, ratio),
+        blur_sigma=None if sigma is None else (0.1, sigma),
         **{name: getattr(config, name) for name in names},
     )
 
@@ -252,8 +251,9 @@ def build(
             together.
     """
     torch.manual_seed(config.seed)
-    backbone = create_backbone(config.backbone, config.image_size) if module is None else module
-    width = feature_dim(backbone, config.image_size)
+    sizes = {view.size for view in make_views(config)} | {config.image_size}
+    backbone = create_backbone(config.backbone, config.image_size, len(sizes) > 1) if module is None else module
+    width = max(feature_dim(backbone, size) for size in sizes)
     kind = find_objective(config.objective)
     settings = {name: getattr(config, name) for name in kind.settings if name != "labels"}
     if "labels" in kind.settings:
@@ -378,7 +378,8 @@ class Recorder:
         run_folder.forget_later_lines(self.run, -1 if skipped is None else self.state.step)
         self.loader.bad.update(run_folder.read_bad_samples(self.run))
         if skipped is None:
-            self._evaluate()
+            if config.evaluate_every_epochs:
+                self._evaluate()
             return
         for line in skipped:
             say(f"warning: {line}")
@@ -430,8 +431,8 @@ class Recorder:
         """Give the terminal back."""
         self.reporter.close()
 
-    def encoder(self) -> Encoder:
-        """The backbone as it is now."""
+    def encoder(self, averaged: bool = False) -> Encoder:
+        """The backbone as it is now, or its average."""
         provenance = {
             "backbone": self.config.backbone,
             "objective": self.config.objective,
@@ -441,7 +442,8 @@ class Recorder:
             "data_fingerprint": self.source.fingerprint,
             "nnclr": nnclr.__version__,
         }
-        return Encoder(self.state.backbone, self.config.image_size, provenance=provenance)
+        module = self.state.average if averaged and self.state.average is not None else self.state.backbone
+        return Encoder(module, self.config.image_size, provenance=provenance)
 
     def _log(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
         step, config = self.state.step, self.config
@@ -479,7 +481,7 @@ class Recorder:
         if warning is not None:
             self.reporter.say(f"warning: {warning}")
         self.window = Window()
-        if step == config.log_every_steps:
+        if step == config.log_every_steps and config.evaluate_every_epochs:
             self._draw_neighbours()
 
     def _evaluate(self) -> None:
@@ -495,4 +497,4 @@ class Recorder:
         objective = self.state.objective
         if isinstance(objective, NNCLR) and len(objective.support_set) > 0:
             path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
-            report.draw_neighbours(path, self.encoder(), objective, self.source, self.loader.bad)
+            report.draw_neighbours(path, self.encoder(averaged=True), objective, self.source, self.loader.bad)

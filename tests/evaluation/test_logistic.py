@@ -27,11 +27,11 @@ def problems(labels, seed=0):
     return targets
 
 
-def scikit(features, labels, strength):
-    """Weights (d + 1, columns) of scikit-learn's fit."""
-    model = LogisticRegression(C=1 / strength, tol=1e-12, max_iter=20000)
+def scikit(features, labels, strength, solver="newton-cg"):
+    """Weights (d + 1, columns) of scikit-learn's fit; on few separable rows its own L-BFGS ends a little early."""
+    model = LogisticRegression(C=1 / strength, tol=1e-12, max_iter=20000, solver=solver)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at so tight a tolerance its line search may end in rounding
+        warnings.simplefilter("ignore")  # at so tight a tolerance a line search may end in rounding
         model.fit(features.astype(np.float64), labels)
     return np.concatenate([model.coef_.T, model.intercept_[None]])
 
@@ -68,12 +68,15 @@ def binary(weights, features, targets, strength):
     return losses.sum() + strength / 2 * (weights[:-1] ** 2).sum()
 
 
-@pytest.mark.parametrize("spread", [2.0, 0.3], ids=["overlapping", "separable"])
 @pytest.mark.parametrize("strength", [1e-6, 1e-3, 1.0, 1e3, 1e5])
-def test_multinomial_is_scikit_learns(spread, strength):
-    features, labels = clouds(400, spread)
+@pytest.mark.parametrize(
+    ("rows", "spread", "solver"), [(400, 2.0, "lbfgs"), (400, 0.3, "lbfgs"), (60, 2.0, "newton-cg")]
+)  # overlapping, far apart, and few enough to be separable by small margins
+def test_multinomial_is_scikit_learns(rows, spread, solver, strength):
+    features, labels = clouds(rows, spread)
     unseen = clouds(200, spread, seed=1)[0]
-    ours, theirs = fit_logistic(features, labels, CLASSES, strength).numpy(), scikit(features, labels, strength)
+    ours = fit_logistic(features, labels, CLASSES, strength).numpy()
+    theirs = scikit(features, labels, strength, solver)
     expected = softmax(logits_of(theirs, unseen))
     np.testing.assert_allclose(softmax(logits_of(ours, unseen)), expected, atol=1e-4)
     value = multinomial(theirs, features, labels, strength)
@@ -191,7 +194,8 @@ def test_best_on_validation_is_fitted_on_both_and_scores_test():
     assert outcome.protocol["strengths"] == [s for s, _ in outcome.validation] == sorted(STRENGTHS, reverse=True)
     assert outcome.protocol["unfinished_strengths"] == []
     for strength, value in outcome.validation[::11]:
-        assert value == pytest.approx(top1(logits_of(scikit(*train, strength), val[0]), val[1]), abs=1e-12)
+        # The path's tolerance is loose, so a row or two near a border may change sides: 0.01 at the weakest here.
+        assert value == pytest.approx(top1(logits_of(scikit(*train, strength), val[0]), val[1]), abs=0.015)
     best = max(value for _, value in outcome.validation)
     assert 0.5 < outcome.validation[-1][1] < best > outcome.validation[0][1]  # the strength matters
     assert outcome.strength == max(strength for strength, value in outcome.validation if value == best)

@@ -75,3 +75,17 @@ def test_timm_names():
     assert timm_name("timm/resnet18") == "resnet18"
     assert timm_name("small-convnet") is None
     assert timm_name("torchvision/resnet18") is None
+
+
+def test_vision_transformers_take_small_views_when_asked():
+    torch.manual_seed(0)
+    fixed = create_backbone("vit_tiny_patch16_224", 64).eval()
+    torch.manual_seed(0)
+    flexible = create_backbone("vit_tiny_patch16_224", 64, any_size=True).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(flexible(x), fixed(x))
+        assert flexible(x[..., :32, :32]).shape == (2, 192)
+        with pytest.raises(AssertionError):  # control
+            fixed(x[..., :32, :32])
+    fixed.load_state_dict(flexible.state_dict())  # the saved encoder is the same one

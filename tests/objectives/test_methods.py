@@ -1,13 +1,16 @@
-"""Each compared method over several steps against its own float64 NumPy reference: loss and state."""
+"""Each compared method over several steps against its own float64 NumPy reference: loss, gradients and state."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nnclr.models.ema import momentum_at
-from nnclr.objectives import OBJECTIVES
-from nnclr.objectives.all4one import All4One
+from nnclr.objectives import NNCLR, OBJECTIVES, SimCLR
+from nnclr.objectives.all4one import All4One, centroid_loss
 from nnclr.objectives.barlow_twins import BarlowTwins, barlow_twins_loss
 from nnclr.objectives.byol import BYOL, byol_loss
 from nnclr.objectives.moco import MoCoV2, MoCoV3
@@ -41,6 +44,11 @@ def linear_heads(made):
     return made
 
 
+def held(state, name, value):
+    """The value when the step was first evaluated: what takes no gradient stays while something else is moved."""
+    return state.get("held", {}).setdefault(name, value)
+
+
 def distance(p, t):
     """Mean squared distance of unit rows."""
     return np.mean(np.sum((unit(p) - unit(t)) ** 2, axis=1))
@@ -60,7 +68,8 @@ def byol(made, x, targets, ids, state):
 def simsiam(made, x, targets, ids, state):
     z = [affine(made.projector)(view) for view in x]
     p = [affine(made.predictor)(view) for view in z]
-    return distance(p[0], z[1]) + distance(p[1], z[0])
+    t = held(state, "targets", z)
+    return distance(p[0], t[1]) + distance(p[1], t[0])
 
 
 def neighbour_targets(state, keys, ids):
@@ -79,7 +88,7 @@ def nn_byol(made, x, targets, ids, state):
 def nn_simsiam(made, x, targets, ids, state):
     z = [affine(made.projector)(view) for view in x]
     p = [affine(made.predictor)(view) for view in z]
-    n = neighbour_targets(state, z, ids)
+    n = held(state, "targets", neighbour_targets(state, z, ids))
     return distance(p[0], n[1]) + distance(p[1], n[0])
 
 
@@ -147,7 +156,7 @@ def swav(made, x, targets, ids, state):
         rows = np.concatenate([z[view], *queue[view]])[: BATCH + 16] if len(queue[view]) * BATCH >= 16 else z[view]
         codes.append(plain_sinkhorn(rows @ prototypes.T)[:BATCH])
         queue[view].insert(0, z[view])
-    losses = []
+    codes, losses = held(state, "codes", codes), []
     for large in range(2):
         for view in range(len(z)):
             if view != large:
@@ -278,6 +287,128 @@ def test_losses_agree_over_several_steps(name):
             torch.testing.assert_close(made.average_projector.weight, moved)
             assert all(p.grad is None and not p.requires_grad for p in made.average_projector.parameters())
     assert len(set(losses)) == STEPS
+
+
+def slopes(loss, made, x, rng, epsilon=1e-6):
+    """Central differences of loss(x): some entries of each weight of a float64 module, and a direction of each view."""
+    for name, weight in made.named_parameters():
+        entries = weight.detach().view(-1)
+        for index in rng.choice(len(entries), min(6, len(entries)), replace=False) if weight.requires_grad else ():
+            kept, sides = entries[index].item(), []
+            for value in (kept + epsilon, kept - epsilon):
+                entries[index] = value
+                sides.append(loss(x))
+            entries[index] = kept
+            yield name, index, (sides[0] - sides[1]) / (2 * epsilon)
+    for view in range(len(x)):
+        way = rng.normal(size=x[view].shape)
+        up, down = ([*x[:view], x[view] + by * way, *x[view + 1 :]] for by in (epsilon, -epsilon))
+        yield view, way, (loss(up) - loss(down)) / (2 * epsilon)
+
+
+def gradients(name):
+    """The package's gradients and the reference's slopes, at a step whose queues are full."""
+    create, reference_loss = METHODS[name]
+    made, state, rng = linear_heads(create()), {}, np.random.default_rng(4)
+    for step in range(4):
+        ids = rng.integers(0, 100, BATCH)
+        x, t = ([rng.normal(size=(BATCH, DIM)) for _ in range(2)] for _ in range(2))
+        views, targets = ([torch.tensor(view, dtype=torch.float32, requires_grad=True) for view in v] for v in (x, t))
+        out = made(views, targets, torch.from_numpy(ids))
+        if step < 3:  # queues of 16 and 19 are full after three batches of 8
+            reference_loss(made, x, t, ids, state)
+            made.update(out)
+    out.loss.backward()
+    assert all(target.grad is None for target in targets)
+    exact, constants = copy.deepcopy(made).double(), {}
+
+    def loss(x):
+        return reference_loss(exact, x, t, ids, {**copy.deepcopy(state), "held": constants})
+
+    assert loss(x) == pytest.approx(out.loss.item(), rel=3e-6)
+    pairs = []
+    for where, which, slope in slopes(loss, exact, x, rng):
+        if isinstance(where, str):
+            gradient = made.get_parameter(where).grad
+            ours = 0.0 if gradient is None else gradient.view(-1)[which].item()
+        else:
+            ours = 0.0 if views[where].grad is None else np.sum(views[where].grad.double().numpy() * which)
+        pairs.append((ours, slope))
+    return np.array(pairs).T
+
+
+CLOSE = {"rtol": 1e-4, "atol": 3e-6}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_are_those_of_the_reference(name):
+    ours, expected = gradients(name)
+    np.testing.assert_allclose(ours, expected, **CLOSE)
+    assert np.abs(expected).max() > 0.1
+
+
+def plain_log_softmax(x, dim):
+    return x - x.logsumexp(dim, keepdim=True).detach()
+
+
+MUTATIONS = {
+    "simsiam": ("nnclr.objectives.simsiam.byol_loss", lambda p, t: 2 - 2 * F.cosine_similarity(p, t).mean()),
+    "nn-simsiam": ("nnclr.objectives.nn_byol.byol_loss", lambda p, t: byol_loss(p.detach(), t) + 0 * p.sum()),
+    "swav": ("nnclr.objectives.swav.SwAV._codes", lambda *given: CODES(*given) + given[1] - given[1].detach()),
+    "snclr": ("torch.nn.functional.log_softmax", plain_log_softmax),
+    "all4one": ("nnclr.objectives.all4one.centroid_loss", lambda c, *given: centroid_loss(c.detach(), *given)),
+    "barlow-twins": (
+        "nnclr.objectives.barlow_twins.barlow_twins_loss",
+        lambda a, *b: barlow_twins_loss(a.detach(), *b),
+    ),
+}
+CODES = SwAV._codes
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_control_a_stopped_or_leaking_gradient_is_noticed(name, monkeypatch):
+    monkeypatch.setattr(*MUTATIONS[name])
+    assert not np.allclose(*gradients(name), **CLOSE)
+
+
+AVERAGED = ("byol", "nn-byol", "msf", "snclr", "all4one", "moco-v2", "moco-v3", "nnclr")
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_no_gradient_reaches_averaged_weights_or_targets(name):
+    """With the heads as shipped, not the linear ones of this file."""
+    made = NNCLR(DIM, DIM, 8, 8, SIZE, ema_momentum=0.9) if name == "nnclr" else METHODS[name][0]()
+    for _ in range(4):
+        views, targets = ([torch.randn(BATCH, DIM, requires_grad=True) for _ in range(2)] for _ in range(2))
+        out = made(views, targets, torch.arange(BATCH))
+        out.loss.backward()
+        averaged = list(made.average_projector.parameters())
+        assert len(averaged) == len(list(made.projector.parameters())) > 0
+        assert not any(p.requires_grad for p in averaged)
+        assert all(tensor.grad is None for tensor in [*averaged, *targets])
+        kept = [*out.embeddings, *out.keep.values(), *out.metrics.values(), *(n.embeddings for n in out.neighbours)]
+        assert not any(tensor.requires_grad for tensor in kept)
+        made.update(out)
+    assert all(p.grad.abs().sum() > 0 for p in made.projector.parameters() if p.ndim > 1)  # control
+
+
+MOMENTA = {  # published momentum of the averaged weights at the start, and whether it rises to 1
+    "byol": (0.996, True),  # Grill et al., section 3.2
+    "moco-v2": (0.999, False),  # He et al., section 3.3
+    "moco-v3": (0.99, True),  # Chen, Xie and He, section 4.1
+    "msf": (0.99, False),  # Koohpayegani et al., section 4
+    "snclr": (0.99, True),
+    "all4one": (0.99, True),
+    "nn-byol": (0.996, True),  # BYOL's
+    **dict.fromkeys("nnclr simclr simsiam swav barlow-twins supervised nn-simsiam".split(), (None, False)),
+}
+
+
+def test_momenta_are_the_published_ones():
+    shipped = {"nnclr": lambda: NNCLR(DIM, DIM, 8, 8, SIZE), "simclr": lambda: SimCLR(DIM, DIM, 8)}
+    shipped |= {name: create for name, (create, _) in METHODS.items()}
+    assert {name: (made().momentum, OBJECTIVES[name].momentum_to_one) for name, made in shipped.items()} == MOMENTA
+    assert all(type(made()) is OBJECTIVES[name] for name, made in shipped.items())
 
 
 def test_every_shipped_method_has_a_reference():

@@ -207,3 +207,51 @@ def test_averaged_weights_of_momentum_zero_are_the_weights(pictures, tmp_path, t
     ]
     assert encoders[0].fingerprint == encoders[1].fingerprint
     assert encoders[0].fingerprint != encoders[2].fingerprint  # control
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, np.log(8)),
+        ({"transpose_loss": True}, 2 * np.log(8)),
+        ({"decoupled_loss": True}, np.log(7)),
+        ({"transpose_loss": True, "decoupled_loss": True}, 2 * np.log(7)),
+    ],
+)
+def test_chance_level_is_the_loss_of_predictions_that_say_nothing(options, expected):
+    made = nnclr.NNCLR(8, 8, 8, 8, support_set_size=50, **options)
+    made.projector, made.predictor = torch.nn.Identity(), torch.nn.Identity()
+    made.support_set.enqueue(torch.eye(8))
+    out = made([torch.ones(8, 8)] * 2, ids=torch.arange(8))  # every prediction is the same
+    assert out.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert out.metrics["loss_chance"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_neighbour_pictures_are_drawn_with_the_weights_of_the_look_up(pictures, tmp_path, tiny, monkeypatch):
+    from nnclr import report
+
+    used = []
+    real = report.draw_neighbours
+
+    def spy(path, encoder, objective, source, bad):
+        used.append((encoder, objective))
+        return real(path, encoder, objective, source, bad)
+
+    monkeypatch.setattr(report, "draw_neighbours", spy)
+    looked_up, nearest = [], nnclr.SupportSet.nearest
+
+    def listen(self, z, k=1, **options):
+        looked_up.append(z)
+        return nearest(self, z, k, **options)
+
+    monkeypatch.setattr(nnclr.SupportSet, "nearest", listen)
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"epochs": 1, "ema_momentum": 0.9})
+    encoder, objective = used[-1]
+    queries = looked_up[-1]
+    features = torch.from_numpy(encoder.embed(pictures[0]))
+    with torch.no_grad():
+        averaged = objective.average_projector.eval()(features)
+        online = objective.projector.eval()(features)
+    distance = [(queries[:, None] - of[None]).norm(dim=2).min(dim=1).values.max() for of in (averaged, online)]
+    assert distance[0] < 1e-4
+    assert distance[1] > 1e-3  # control

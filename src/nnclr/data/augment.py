@@ -55,8 +55,8 @@ def policy(
     crop_min_scale: float | None = None,
     small_views: int = 6,
     small_view_size: int | None = None,
-    small_crop_max_scale: float = 0.14,
-    **given: float | None,
+    small_crop_scale: tuple[float, float] = (0.05, 0.14),
+    **given: float | tuple[float, float] | None,
 ) -> tuple[View, ...]:
     """The views of a named policy, the two large ones first.
 
@@ -71,7 +71,7 @@ def policy(
         crop_min_scale: smallest share of the area in a large view, instead of the policy's.
         small_views: number of small views (multi-crop).
         small_view_size: pixels of a small view; default 96 / 224 of the image size.
-        small_crop_max_scale: largest share of the area in a small view.
+        small_crop_scale: smallest and largest share of the area in a small view.
         **given: fields of `View` to set in all views, whatever the policy; None leaves the policy's.
 
     Raises:
@@ -93,8 +93,7 @@ def policy(
         views = [replace(base, blur=1.0), replace(base, blur=0.1, solarize=0.2)]
     if name == "multi-crop":
         size = round(image_size * 96 / 224) if small_view_size is None else small_view_size
-        scale = (min(0.05, small_crop_max_scale), small_crop_max_scale)
-        views += [replace(views[i % 2], size=size, crop_scale=scale) for i in range(small_views)]
+        views += [replace(views[i % 2], size=size, crop_scale=small_crop_scale) for i in range(small_views)]
     if small:
         views = [replace(view, blur=0.0) for view in views]
     fixed: dict[str, Any] = {field: value for field, value in given.items() if value is not None}

@@ -64,13 +64,14 @@ class _BasicBlock(nn.Module):
 _OURS = {"small-convnet": SmallConvNet}
 
 
-def create_backbone(name: str, image_size: int) -> nn.Module:
+def create_backbone(name: str, image_size: int, any_size: bool = False) -> nn.Module:
     """Build an untrained backbone that maps images (n, 3, h, w) to pooled features (n, num_features).
 
     Args:
         name: `small-convnet`; `timm/NAME` or `torchvision/NAME`; or a bare name, looked up in timm first
             (timm and torchvision ResNets are the same network with the same keys).
         image_size: pixels of a training view. Up to 64, ResNets get a 3x3 stride-1 stem and no max-pool.
+        any_size: also take images of other sizes (multi-crop); vision transformers then interpolate their positions.
 
     Raises:
         InputError: if no library knows the name; the message suggests the nearest ones.
@@ -82,7 +83,7 @@ def create_backbone(name: str, image_size: int) -> nn.Module:
         import timm
 
         if timm.is_model(bare):
-            return _use_small_stem(_timm(bare, image_size), image_size)
+            return _use_small_stem(_timm(bare, image_size, any_size), image_size)
     if library in ("", "torchvision"):
         import torchvision
 
@@ -126,14 +127,19 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
     return features.shape[1]
 
 
-def _timm(name: str, image_size: int) -> nn.Module:
+def _timm(name: str, image_size: int, any_size: bool) -> nn.Module:
     import timm
 
-    options: dict[str, Any] = {"pretrained": False, "num_classes": 0}
-    try:
-        return timm.create_model(name, img_size=image_size, **options)  # type: ignore[no-any-return]
-    except TypeError:  # convolutional networks take any size and have no such argument
-        return timm.create_model(name, **options)  # type: ignore[no-any-return]
+    # Convolutional networks take any size and have neither argument; some transformers lack the first one.
+    tries: list[dict[str, Any]] = [{"img_size": image_size}, {}]
+    if any_size:
+        tries.insert(0, {"img_size": image_size, "dynamic_img_size": True})
+    for options in tries[:-1]:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, **options)  # type: ignore[no-any-return]
+        except TypeError:
+            continue
+    return timm.create_model(name, pretrained=False, num_classes=0)  # type: ignore[no-any-return]
 
 
 def without_classifier(model: nn.Module, name: str) -> nn.Module:

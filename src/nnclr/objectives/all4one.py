@@ -1,7 +1,11 @@
 """All4One (Estepa et al., ICCV 2023): nearest neighbour, centroid of neighbours, and decorrelated features.
 
-As built, after the paper's description: averaged embeddings are looked up; a transformer layer turns each one's k
-neighbours into a centroid, through which gradient flows; the published weights of the three losses are the defaults.
+As built, with the paper's three losses on NNCLR's heads, and simpler than its authors' code. One transformer layer
+without dropout and positions (theirs: three with both) turns the k neighbours of an averaged embedding into a
+centroid, which is contrasted with a second prediction of the other view (theirs: with the transformed sequence of that
+prediction and further neighbours). The feature loss is Barlow Twins' on predictions, divided by their width (theirs: on
+embeddings, by root mean squares). Gradient flows through the centroid. The weights 0.5, 0.5 and 5 are theirs, so the
+balance differs.
 """
 
 import math
@@ -19,7 +23,7 @@ from nnclr.objectives.nnclr import neighbour_metrics, nnclr_loss, per_view, posi
 from nnclr.objectives.objective import Output, targets_of, two_views
 from nnclr.support_set import Neighbours, SupportSet
 
-NEIGHBOUR, CENTROID, FEATURE = 0.5, 0.5, 5.0  # published weights; the feature loss is per embedding dimension here
+NEIGHBOUR, CENTROID, FEATURE = 0.5, 0.5, 5.0  # weights of the losses
 
 
 def centroid_loss(centroids: Tensor, predictions: Tensor, temperature: float) -> Tensor:
@@ -82,9 +86,14 @@ class All4One(BYOL):
         metrics = {
             **neighbour_metrics(first[0], first[1], ids),
             "support_set_fill": self.support_set.fill,
-            "loss_chance": torch.full((), math.log(len(keys[0]) * world_size()), device=p[0].device),
+            "loss_chance": torch.full((), self._chance(len(keys[0]) * world_size()), device=p[0].device),
         }
         return Output(torch.stack(losses).mean(), metrics, keys, ids, first)
+
+    @staticmethod
+    def _chance(images: int) -> float:
+        """Loss of predictions that say nothing: uncorrelated features miss the whole diagonal."""
+        return (NEIGHBOUR + CENTROID) * math.log(images) + FEATURE
 
     def _one_way(self, found: Neighbours, first: Neighbours, key: Tensor, p: Tensor, c: Tensor) -> Tensor:
         own = F.normalize(key, dim=1)[:, None]

@@ -195,9 +195,14 @@ class NNCLR(Objective):
         metrics = {
             **neighbour_metrics(neighbours[0], neighbours[1], ids),
             "support_set_fill": self.support_set.fill,
-            "loss_chance": torch.full((), math.log(len(keys[0]) * world_size()), device=p[0].device),
+            "loss_chance": torch.full((), self._chance(len(keys[0]) * world_size()), device=p[0].device),
         }
         return Output(torch.stack(losses).mean(), metrics, keys, ids, neighbours)
+
+    def _chance(self, images: int) -> float:
+        """Loss of predictions that say nothing, on a global batch."""
+        candidates = images - 1 if self.decoupled_loss else images
+        return (2 if self.transpose_loss else 1) * math.log(max(candidates, 1))
 
     @torch.no_grad()
     def update(self, out: Output) -> None:

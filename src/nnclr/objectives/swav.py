@@ -76,6 +76,7 @@ class SwAV(Objective):
         self.prototypes = nn.Linear(embedding_dim, prototypes, bias=False)
         self.register_buffer("queue", torch.zeros(2, swav_queue_size, embedding_dim))
         self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
+        self._full = False
         self._normalise()
 
     def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:
@@ -97,10 +98,10 @@ class SwAV(Objective):
                 for view in range(len(z))
                 if view != large
             ]
-        used = torch.cat(codes).argmax(dim=1).unique().numel() / self.prototypes.out_features
+        used = torch.zeros_like(scores[0][0]).index_fill_(0, torch.cat(codes).argmax(dim=1), 1.0).mean()
         metrics = {
             "loss_chance": torch.full((), math.log(self.prototypes.out_features), device=z[0].device),
-            "prototypes_used": torch.full((), used, device=z[0].device),
+            "prototypes_used": used,
         }
         return Output(torch.stack(losses).mean(), metrics, [view.detach() for view in embeddings[:2]], ids)
 
@@ -109,9 +110,15 @@ class SwAV(Objective):
         """(n, k) assignments of this rank's rows, balanced over the global batch and the queue."""
         everyone = gather(scores.detach())
         start = rank() * len(scores)
-        if self.queue.shape[1] and int(self.queued) >= self.queue.shape[1]:
+        if self._queue_is_full():
             everyone = torch.cat([everyone, self.prototypes(self.queue[large])])
         return sinkhorn(everyone)[start : start + len(scores)]
+
+    def _queue_is_full(self) -> bool:
+        """Whether the queue takes part; it waits for the device until that is so, and never again."""
+        if not self._full and self.queue.shape[1]:
+            self._full = int(self.queued) >= self.queue.shape[1]
+        return self._full
 
     @torch.no_grad()
     def update(self, out: Output) -> None:
