@@ -16,12 +16,13 @@ from nnclr.data.source import open_source
 from tests import reference
 
 CPU = torch.device("cpu")
-STEPS, PER_EPOCH, WARMUP, RATE, DECAY, CLIP, BASE = 8, 5, 0.5, 2.0, 0.01, 1.0, 0.9
+STEPS, PER_EPOCH, WARMUP, RATE, DECAY, CLIP, BASE = 8, 5, 0.5, 0.005, 0.01, 28.0, 0.9
 
 
 @pytest.fixture
 def settings(tiny):
     """Eight steps, less than one of them warm-up; momentum, decay and clipping that show."""
+    del tiny["support_set_size"]
     return tiny | {
         "objective": "byol",
         "optimizer": "sgd",
@@ -57,11 +58,10 @@ def targets_by_hand(average, heads, views, ids, queue):
     if queue is None:
         return keys
     rows = [key.double().numpy() for key in keys]
-    found = (
-        [torch.tensor(np.array([queue.slots[s][0] for s in queue.nearest(r)])) for r in rows] if queue.slots else keys
-    )
+    if queue.slots:
+        keys = [torch.tensor(np.array([queue.slots[slot][0] for slot in queue.nearest(row)])).float() for row in rows]
     queue.push(rows[0], ids)
-    return [view.float() for view in found]
+    return keys
 
 
 def descend(weights, gradients, buffers, step, optimizer):
@@ -89,7 +89,7 @@ def by_hand(pictures, settings):
     """What `by_package` returns, for BYOL or NN-BYOL, and the gradient norm of each step."""
     state, batches = start(pictures, settings)
     backbone, average, heads = state.backbone, state.average, state.objective
-    queue = reference.Queue(settings["support_set_size"]) if settings["objective"] == "nn-byol" else None
+    queue = reference.Queue(settings["support_set_size"]) if "support_set_size" in settings else None
     weights = [p for module in (backbone, heads.projector, heads.predictor) for p in module.parameters()]
     buffers, norms = [np.zeros(p.shape) for p in weights], []
     for step, batch in enumerate(batches):
@@ -122,12 +122,13 @@ def largest_difference(one, two):
         and not name.endswith(("ids", "born", "enqueued", "updates", "refused"))
     }
     assert {name.split(".")[0] for name in names} == {"backbone", "average", "objective"}
-    return max((one[name].double() - two[name].double()).abs().max().item() for name in names)
+    # Running variances are tens, other values at most about 1.
+    return max(((one[n].double() - two[n].double()).abs() / two[n].abs().clamp(min=1)).max().item() for n in names)
 
 
-@pytest.mark.parametrize(("objective", "optimizer"), [("byol", "sgd"), ("nn-byol", "lars")])
-def test_the_loop_is_the_one_written_out_here(pictures, tmp_path, settings, objective, optimizer):
-    settings |= {"objective": objective, "optimizer": optimizer}
+@pytest.mark.parametrize("fields", [{}, {"objective": "nn-byol", "support_set_size": 50, "optimizer": "lars"}])
+def test_the_loop_is_the_one_written_out_here(pictures, tmp_path, settings, fields):
+    settings |= fields
     expected, norms = by_hand(pictures, settings)
     assert min(norms) < CLIP < max(norms)
     assert largest_difference(by_package(pictures, tmp_path / "run", settings), expected) < 1e-6
