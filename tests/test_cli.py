@@ -227,3 +227,21 @@ def test_signal_leaves_a_checkpoint_and_code_80(tmp_path, photos, number):
     assert f"stopped by {number.name} at step" in err
     step = int(re.search(r"at step (\d+)", err)[1])
     assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").exists()
+
+
+def test_options_of_protocols_are_flags(capsys):
+    """Those of the chosen protocol arrive there; those of another one are refused before any work."""
+    command = ["evaluate", "random:small-convnet?size=16", "demo-photos"]
+    assert (
+        cli.main([*command, "--protocol", "linear", "--augmentation", "--epochs", "1", "--learning-rates", "0.1"]) == 0
+    )
+    record = json.loads(capsys.readouterr().out)
+    assert record["parameters"]["augmentation"] == "random crops and flips"
+    assert record["parameters"]["learning_rates"] == [0.1]
+    for options, words in (
+        (["--protocol", "linear", "--k", "5"], "k is no parameter of linear; it takes augmentation, epochs"),
+        (["--protocol", "knn", "--no-from-scratch"], "from_scratch is no parameter of knn; it takes k, temperature"),
+        (["--protocol", "label-free", "--device", "nothing"], "device=nothing cannot be used"),
+    ):
+        assert cli.main([*command, *options]) == 2
+        assert words in capsys.readouterr().err

@@ -30,6 +30,53 @@ def test_every_preset_loads_and_is_checked(name):
     assert config.preset == name
 
 
+FIELDS = (
+    "backbone image_size batch_size epochs augmentation optimizer learning_rate weight_decay warmup_epochs "
+    "temperature support_set_size embedding_dim projector_hidden_dim predictor_hidden_dim momentum"
+).split()
+HEADS = (256, 2048, 4096, 0.9)
+PAPER = ("lars", 0.3, 1e-6, 10, 0.1, 98_304, *HEADS)  # Dwibedi et al., section 4.1
+MOCO_V3 = (224, 4096, 300, "byol", "adamw", 1.5e-4, 0.1, 40, 0.1, 98_304, *HEADS)  # Chen, Xie and He, section 4
+SOLO = ("lars", 0.4, 1e-5, 10, 0.2, 65_536, *HEADS)  # solo-learn, scripts/pretrain/*/nnclr.yaml
+PUBLISHED = {
+    "imagenet-resnet50": ("resnet50", 224, 4096, 1000, "byol", *PAPER),
+    "imagenet-resnet50-100": ("resnet50", 224, 4096, 100, "byol", *PAPER),
+    "imagenet-resnet50-200": ("resnet50", 224, 4096, 200, "byol", *PAPER),
+    "imagenet-resnet50-400": ("resnet50", 224, 4096, 400, "byol", *PAPER),
+    "imagenet-resnet50-800": ("resnet50", 224, 4096, 800, "byol", *PAPER),
+    "imagenet-resnet50-multi-crop": ("resnet50", 224, 4096, 1000, "multi-crop", *PAPER),
+    "imagenet-resnet50-ablation": (
+        *("resnet50", 224, 4096, 1000, "byol"),
+        *("lars", 0.15, 1e-6, 10, 0.1, 32_768, *HEADS),
+    ),
+    "imagenet-vit-small": ("timm/vit_small_patch16_224", *MOCO_V3),
+    "imagenet-vit-base": ("timm/vit_base_patch16_224", *MOCO_V3),
+    "imagenet100-resnet18-solo-learn": ("resnet18", 224, 128, 400, "byol", *SOLO),
+    "cifar10-resnet18-solo-learn": ("resnet18", 32, 256, 1000, "byol", *SOLO),
+    "cifar100-resnet18-solo-learn": ("resnet18", 32, 256, 1000, "byol", *SOLO),
+    # lightly's rate is 0.06 for its batch of 128
+    "cifar10-resnet18-lightly": ("resnet18", 32, 128, 200, "simclr", "sgd", 0.12, 5e-4, 0, 0.5, 4096, *HEADS),
+}
+CHANGED = {  # in the views, beside the policy
+    "imagenet-resnet50-multi-crop": {"crop_min_scale": 0.14, "small_view_size": 96},  # SwAV's
+    "cifar10-resnet18-lightly": dict.fromkeys(("brightness", "contrast", "saturation"), 0.4) | {"hue": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_what_was_published(name):
+    config = make_config("data", "out", name)
+    assert {field: getattr(config, field) for field in FIELDS} == dict(zip(FIELDS, PUBLISHED[name], strict=True))
+    changed = CHANGED.get(name, {}) | ({"crop_min_scale": 0.08} if "resnet18" in name else {})
+    own = dataclasses.asdict(dataclasses.replace(Config("data", "out", name), **changed))
+    for field in own.keys() - set(FIELDS):  # everything else is the method's default
+        assert getattr(config, field) == own[field], field
+
+
+def test_every_preset_is_published_or_ours():
+    assert set(presets()) - set(PUBLISHED) == {"demo", "emoji", "fashion-mnist"}
+
+
 def test_keywords_win_over_the_preset():
     assert make_config("data", "out", "demo", epochs=1).epochs == 1.0
 

@@ -38,8 +38,8 @@ def presets_page():
     lines = [
         "# Presets\n",
         "Written by `python -m tests.test_docs` from `src/nnclr/presets/`.",
-        "Use: `nnclr pretrain DATA --out RUN --preset NAME`. Every flag beside it wins over it; `--dry-run` shows what the",
-        "run would be. Expected figures are those of the sources, measured by their code.",
+        "Use: `nnclr pretrain DATA --out RUN --preset NAME`. Every flag beside it wins over it; `--dry-run` shows what",
+        "a run would be. Expected figures are those of the sources, measured by their code.",
     ]
     for name in config.presets():
         text = (Path(config.__file__).parent / "presets" / f"{name}.toml").read_text()

@@ -56,7 +56,7 @@ class Evaluate:
     """Neighbours that vote; several are chosen from by leave-one-out; default 20 (knn)."""
     temperature: tuple[float, ...] | None = None
     """Temperature of the votes, or several; default 0.07 (knn)."""
-    augmentation: bool | None = None
+    augmentation: bool = False
     """Train on random crops and flips instead of on one view (linear)."""
     fraction: float | None = None
     """Share of the labels of each class, for example 0.01 or 0.1; default 1 (finetune)."""
@@ -70,7 +70,7 @@ class Evaluate:
     """Logistic regression on frozen features, or the whole network (transfer)."""
     sets: tuple[str, ...] | None = None
     """Data sets by key, for example cifar10 pets; default all twelve (transfer)."""
-    download: bool | None = None
+    download: bool = False
     """Fetch what is not there through torchvision (transfer)."""
     shots: tuple[int, ...] | None = None
     """Images to learn from, a class; default 1 5 10 (few-shot)."""
@@ -78,8 +78,8 @@ class Evaluate:
     """Labels a class; default 1 2 5 10 20 50 100 (label-curve)."""
     repeats: int | None = None
     """Draws of the labelled images; default 3 (label-curve)."""
-    from_scratch: bool | None = None
-    """Also train a supervised network from scratch; default yes (label-curve)."""
+    from_scratch: bool = True
+    """Also train a supervised network from scratch (label-curve)."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,9 @@ def evaluate(arguments: list[str]) -> None:
         prog="nnclr evaluate",
         description=Evaluate.__doc__,
     )
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    given = {name: v for name, v in values.items() if v is not None and name not in _OF_ALL_PROTOCOLS}
+    special = [field for field in fields(options) if field.name not in _OF_ALL_PROTOCOLS]
+    values = {field.name: getattr(options, field.name) for field in special}
+    given = {field.name: values[field.name] for field in special if values[field.name] != field.default}
     check_parameters(options.protocol, given)
     device = choose_device(options.device)
     folder = Path(options.encoder)

@@ -249,25 +249,48 @@ def test_frequencies_and_ranges():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_policies_are_the_papers():
-    first, second = A.policy("byol", 224)
-    assert (first.crop_scale, first.crop_ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
-    assert (first.jitter, first.brightness, first.contrast, first.saturation, first.hue) == (0.8, 0.4, 0.4, 0.2, 0.1)
-    assert (first.blur, second.blur, first.solarize, second.solarize) == (1.0, 0.1, 0.0, 0.2)
-    assert (first.flip, first.grayscale, first.blur_sigma) == (0.5, 0.2, (0.1, 2.0))
-    one, two = A.policy("simclr", 224)
-    assert one == two
-    assert (one.brightness, one.contrast, one.saturation, one.hue, one.blur) == (0.8, 0.8, 0.8, 0.2, 0.5)
+BYOL_JITTER, SIMCLR_JITTER, MOCO_JITTER = (0.4, 0.4, 0.2, 0.1), (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.4, 0.1)
+BYOL_VIEWS = [(0.08, 1.0, BYOL_JITTER, 1.0, 0.0), (0.08, 1.0, BYOL_JITTER, 0.1, 0.2)]
+# Of each view: crop's area, jitter's strength, probabilities of blur and solarisation.
+PUBLISHED = {
+    ("byol", 224): BYOL_VIEWS,  # Grill et al., table 6
+    ("simclr", 224): [(0.08, 1.0, SIMCLR_JITTER, 0.5, 0.0)] * 2,  # Chen et al., appendix A, strength 1
+    ("simsiam", 224): [(0.2, 1.0, MOCO_JITTER, 0.5, 0.0)] * 2,  # MoCo v2's
+    ("multi-crop", 224): [  # SwAV's sizes and scales on BYOL's two recipes, small views in turns
+        *((0.14, *rest) for _, *rest in BYOL_VIEWS),
+        *[(0.05, 0.14, BYOL_JITTER, 1.0, 0.0), (0.05, 0.14, BYOL_JITTER, 0.1, 0.2)] * 3,
+    ],
+    ("byol", 32): [(0.2, 1.0, BYOL_JITTER, 0.0, 0.0), (0.2, 1.0, BYOL_JITTER, 0.0, 0.2)],
+    ("simclr", 64): [(0.2, 1.0, SIMCLR_JITTER, 0.0, 0.0)] * 2,
+    ("simsiam", 32): [(0.2, 1.0, MOCO_JITTER, 0.0, 0.0)] * 2,
+}
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_policies_are_the_published_ones(name, size):
+    views = A.policy(name, size)
+    assert [
+        (*v.crop_scale, (v.brightness, v.contrast, v.saturation, v.hue), v.blur, v.solarize) for v in views
+    ] == PUBLISHED[name, size]
+    for view in views:
+        assert (view.flip, view.jitter, view.grayscale) == (0.5, 0.8, 0.2)
+        assert (view.crop_ratio, view.blur_sigma, view.solarize_threshold) == ((3 / 4, 4 / 3), (0.1, 2.0), 0.5)
+    assert [view.size for view in views] == [size] * 2 + ([96] * 6 if name == "multi-crop" else [])
+
+
+def test_policies_can_be_changed():
     small = A.policy("byol", 32, crop_min_scale=0.3, brightness=0.2, hue=0.05)[0]
     assert (small.crop_scale, small.blur, small.brightness, small.hue) == ((0.3, 1.0), 0.0, 0.2, 0.05)
-    assert A.policy("byol", 32)[0].crop_scale == (0.2, 1.0)
-    bare = A.policy("crop-only", 224)[1]
-    assert (bare.flip, bare.jitter, bare.grayscale, bare.blur, bare.solarize) == (0, 0, 0, 0, 0)
-    assert A.policy("simsiam", 224)[0].crop_scale == (0.2, 1.0)
-    crops = A.policy("multi-crop", 224)
-    assert [view.size for view in crops] == [224, 224, *[96] * 6]
-    assert [view.crop_scale for view in crops] == [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 6
+    bare = A.policy("crop-only", 224)
+    assert len(bare) == 2
+    for view in bare:
+        assert (view.flip, view.jitter, view.grayscale, view.blur, view.solarize) == (0, 0, 0, 0, 0)
+        assert view.crop_scale == (0.08, 1.0)
     assert all(view.hue == 0.05 for view in A.policy("multi-crop", 224, hue=0.05))
+    crops = A.policy("multi-crop", 112, 0.25, small_views=3, small_crop_scale=(0.06, 0.2))
+    assert [(view.size, view.crop_scale) for view in crops] == [(112, (0.25, 1.0))] * 2 + [(48, (0.06, 0.2))] * 3
+    assert [view.blur for view in crops] == [1.0, 0.1, 1.0, 0.1, 1.0]
+    assert A.policy("multi-crop", 224, small_view_size=64)[2].size == 64
     with pytest.raises(InputError, match="there are byol, simclr"):
         A.policy("mocov2", 224)
 

@@ -254,3 +254,13 @@ def test_iterations_that_run_out_are_told():
     features, labels = (torch.tensor(a) for a in clouds(60, 2.0))
     assert _fit([(features, labels)], CLASSES, 0.1, None, "cpu")[1]
     assert not _fit([(features, labels)], CLASSES, 0.1, None, "cpu", max_iterations=12)[1]
+
+
+@pytest.mark.parametrize("strength", [1.0, 100.0])
+def test_warm_start_does_not_end_at_its_first_steps(strength):
+    features, labels = clouds(400, 2.0)
+    start = fit_logistic(features, labels, CLASSES, 1.8 * strength)
+    best = multinomial(fit_logistic(features, labels, CLASSES, strength).numpy(), features, labels, strength)
+    assert multinomial(start.numpy(), features, labels, strength) > best * (1 + 5e-5)  # there is a way to go
+    loose = fit_logistic(features, labels, CLASSES, strength, start=start, tolerance=1e-6).numpy()
+    assert multinomial(loose, features, labels, strength) < best * (1 + 1e-7)

@@ -193,10 +193,13 @@ def test_with_its_own_view_as_neighbour_nnclr_is_simclr_with_a_predictor():
     made.support_set.enqueue(torch.cat(z), torch.arange(2 * BATCH))
     found = made(x, ids=torch.arange(BATCH))
     assert found.metrics["neighbour_similarity"].item() == pytest.approx(1, abs=1e-6)
-    p = [made.predictor(view) for view in z]
-    direct = 0.5 * (nnclr.nnclr_loss(z[0], p[1]) + nnclr.nnclr_loss(z[1], p[0]))
+    own = [affine(made.projector)(view.double().numpy()) for view in x]
+    p = [affine(made.predictor)(view) for view in own]
+    both_ways = 0.5 * (softmax_loss(own[0], p[1]) + softmax_loss(own[1], p[0]))
+    same_view = 0.5 * (softmax_loss(own[0], p[0]) + softmax_loss(own[1], p[1]))
     for loss in (empty, found.loss):
-        assert loss.item() == pytest.approx(direct.item(), rel=1e-6)
+        assert loss.item() == pytest.approx(both_ways, rel=2e-6)
+    assert abs(same_view - both_ways) > 0.1  # control
 
 
 def test_averaged_weights_of_momentum_zero_are_the_weights(pictures, tmp_path, tiny):
