@@ -48,7 +48,7 @@ def render(names):
             parts += [
                 f"## {name}\n\n{title} [SPEC](../../../{SPECS}/{name}.toml)\n\n{table}\n\n![{name}]({name}.png)\n"
             ]
-    notes = RESULTS / "notes.txt"
+    notes = RESULTS / "notes.md"
     parts += [notes.read_text()] if notes.exists() else []
     (RESULTS / "README.md").write_text("\n".join(parts))
 

@@ -116,7 +116,7 @@ def render():
         text += [f"\n## {name}\n", f"| | {' | '.join(whos)} |", "|---" * (len(whos) + 1) + "|"]
         text += [f"| {t} | {' | '.join(cells.get((t, who), '') for who in whos)} |" for t in PROTOCOLS]
         text += label_free(lines, whos) + curve(lines, whos, name)
-    notes = RESULTS / "notes.txt"
+    notes = RESULTS / "notes.md"
     text += ["\n" + notes.read_text().strip()] if notes.exists() else []
     (RESULTS / "README.md").write_text("\n".join(text) + "\n")
 

@@ -1,14 +1,20 @@
-"""Measures of collapse and of neighbour health; pure functions of embeddings, no labels needed."""
+"""Measures of collapse and of neighbour health, no labels needed, and the check that numbers are finite."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnclr.checkpoint import write_atomically
+from nnclr.data.loader import Batch
+from nnclr.errors import NonFiniteError
+from nnclr.objectives.objective import Output
 from nnclr.support_set import Neighbours
 
 
@@ -70,6 +76,33 @@ def neighbour_purity(neighbours: Sequence[Neighbours], ids: Tensor, labels: Tens
         same += float((equal & known).sum())
         found += float(known.sum())
     return same / found if found else float("nan")
+
+
+def finite_grad_norm(out: Output, parameters: list[Tensor], batch: Batch, run: Path) -> Tensor:
+    """Norm of the whole gradient.
+
+    Raises:
+        NonFiniteError: if loss or gradient is not finite; raised before the optimiser sees it, with the
+            images of the batch written to `nonfinite/`.
+    """
+    norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    loss = out.loss.detach()
+    if not torch.isfinite(loss + norm):  # the one wait for the device in a step
+        record = {
+            "step": batch.step,
+            "loss": repr(loss.item()),
+            "grad_norm": repr(norm.item()),
+            "ids": batch.ids.tolist(),
+        }
+        (run / "nonfinite").mkdir(exist_ok=True)
+        path = run / "nonfinite" / f"step-{batch.step:08d}.json"
+        write_atomically(path, (json.dumps(record) + "\n").encode())
+        raise NonFiniteError(
+            f"loss {loss.item()} and gradient norm {norm.item()} at step {batch.step} are not both finite; the "
+            f"weights were not changed and the last checkpoint is good: see {path}, lower the learning rate or "
+            "use --precision fp32"
+        )
+    return norm
 
 
 @dataclass

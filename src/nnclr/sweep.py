@@ -25,16 +25,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nnclr.checkpoint import write_atomically
-from nnclr.config import make_config
 from nnclr.data.images import Source
 from nnclr.data.source import open_source, test_split
 from nnclr.errors import InputError, NonFiniteError
 from nnclr.report import draw_sweep
 from nnclr.run_folder import Run
-from nnclr.training import build, pretrain, resolve
+from nnclr.training import check_settings, pretrain
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them its expansion in 1 / n.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -171,10 +168,9 @@ def check(spec: Spec, out: Path) -> None:
 
 
 def _check_cell(source: Source, spec: Spec, out: Path, fields: dict[str, Any]) -> None:
-    config = resolve(make_config(spec.data, str(out), spec.preset, **fields), source)
+    config = check_settings(spec.data, str(out), spec.preset, source, **fields)
     if config.evaluate_every_epochs == 0:
         raise InputError("evaluate_every_epochs=0 measures nothing that a sweep could compare; use another number")
-    build(config, torch.device("cpu"), labels=source.labels)
 
 
 def final_knn(run: Run) -> float:

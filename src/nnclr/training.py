@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nnclr
 from nnclr import checkpoint, health, report, run_folder
-from nnclr.checkpoint import TrainState, write_atomically
+from nnclr.checkpoint import TrainState
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
 from nnclr.data.augment import View, policy
 from nnclr.data.images import Source
@@ -24,9 +24,10 @@ from nnclr.data.loader import Batch, Loader, Plan, create_loader
 from nnclr.data.source import open_source, test_split
 from nnclr.device import choose_device, choose_precision
 from nnclr.encoder import Encoder
-from nnclr.errors import InputError, NonFiniteError, Stopped, StorageError
+from nnclr.errors import InputError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
+from nnclr.health import finite_grad_norm
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
@@ -89,6 +90,17 @@ def pretrain(
     return train(config, source, test, backbone if isinstance(backbone, nn.Module) else None, quiet)
 
 
+def check_settings(data: str, out: str, preset: str | None, source: Source, **fields: Any) -> Config:
+    """The resolved config of these settings; backbone and objective are built once, on the CPU, and dropped.
+
+    Raises:
+        InputError: that with which `pretrain` would refuse them.
+    """
+    config = resolve(make_config(data, out, preset, **fields), source)
+    build(config, torch.device("cpu"), labels=source.labels)
+    return config
+
+
 def train(
     config: Config,
     source: Source,
@@ -111,7 +123,8 @@ def train(
     run_folder.create(run)
     with checkpoint.lock(run), StopRequest() as stop:
         restored = restore(run, state, source)
-        run_folder.write_record(run, to_toml(config), config.device, source)
+        if state.step < total:  # a finished run keeps the record of where it was trained
+            run_folder.write_record(run, to_toml(config), config.device, source)
         recorder = Recorder(run, config, source, test, state, loader, total, quiet)
         try:
             recorder.start(restored)
@@ -299,33 +312,6 @@ def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
 
 
 # ---- after a step ------------------------------------------------------------------------------------------
-
-
-def finite_grad_norm(out: Output, parameters: list[Tensor], batch: Batch, run: Path) -> Tensor:
-    """Norm of the whole gradient.
-
-    Raises:
-        NonFiniteError: if loss or gradient is not finite; raised before the optimiser sees it, with the
-            images of the batch written to `nonfinite/`.
-    """
-    norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss = out.loss.detach()
-    if not torch.isfinite(loss + norm):  # the one wait for the device in a step
-        record = {
-            "step": batch.step,
-            "loss": repr(loss.item()),
-            "grad_norm": repr(norm.item()),
-            "ids": batch.ids.tolist(),
-        }
-        (run / "nonfinite").mkdir(exist_ok=True)
-        path = run / "nonfinite" / f"step-{batch.step:08d}.json"
-        write_atomically(path, (json.dumps(record) + "\n").encode())
-        raise NonFiniteError(
-            f"loss {loss.item()} and gradient norm {norm.item()} at step {batch.step} are not both finite; the "
-            f"weights were not changed and the last checkpoint is good: see {path}, lower the learning rate or "
-            "use --precision fp32"
-        )
-    return norm
 
 
 class Recorder:

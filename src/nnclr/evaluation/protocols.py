@@ -96,7 +96,7 @@ def logistic(task: Task) -> Outcome:
         test,
         len(source.class_names or ()),
         lambda scores, targets: top1(scores.argmax(axis=1), targets),
-        progress=lambda done, total: task.say(f"logistic: strength {done} of {total}"),
+        progress=lambda done, total: None if done % 15 else task.say(f"logistic: strength {done} of {total}"),
     )
     predicted = outcome.scores.argmax(axis=1)
     value = top1(predicted, test_labels)
