@@ -44,10 +44,10 @@ def render(names):
         if (RESULTS / f"{name}.json").exists():
             spec = json.loads((RESULTS / f"{name}.json").read_text())["spec"]
             title = spec.splitlines()[0].removeprefix("# ")
-            table = (RESULTS / f"{name}.md").read_text().partition("\n\n")[2].strip()
-            parts += [
-                f"## {name}\n\n{title} [SPEC](../../../{SPECS}/{name}.toml)\n\n{table}\n\n![{name}]({name}.png)\n"
-            ]
+            said, _, table = (RESULTS / f"{name}.md").read_text().partition("\n\n")
+            where = said.partition(f"({name}.toml), ")[2].strip()
+            link = f"[SPEC](../../../{SPECS}/{name}.toml)"
+            parts += [f"## {name}\n\n{title} {link}\n\n{table.strip()}\n\n{where}\n\n![{name}]({name}.png)\n"]
     notes = RESULTS / "notes.md"
     parts += [notes.read_text()] if notes.exists() else []
     (RESULTS / "README.md").write_text("\n".join(parts))
