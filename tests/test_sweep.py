@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnclr import cli, sweep
+from nnclr import cli, sweep, training
 from nnclr.config import from_toml, make_config
 from nnclr.errors import InputError, NonFiniteError, StorageError
 from nnclr.run_folder import Run
@@ -121,7 +121,7 @@ def test_each_combination_is_built_once_before_the_first_run(spec, tmp_path, mon
         raise FirstRun
 
     built = []
-    monkeypatch.setattr(sweep, "build", lambda config, *_, **__: built.append(config.temperature))
+    monkeypatch.setattr(training, "build", lambda config, *_, **__: built.append(config.temperature))
     monkeypatch.setattr(sweep, "pretrain", run)
     with pytest.raises(FirstRun):
         sweep.run_sweep(spec, tmp_path / "out", quiet=True)

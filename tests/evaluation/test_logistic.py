@@ -186,7 +186,7 @@ def top1(scores, targets):
     return float((scores.argmax(axis=1) == targets).mean())
 
 
-def test_best_on_validation_is_fitted_on_both_and_scores_test():
+def test_best_on_validation_is_fitted_on_both_parts_and_then_scored():
     train, val, test = (clouds(n, 2.0, seed) for seed, n in enumerate((60, 200, 100)))
     seen = []
     outcome = logistic_regression(*train, *val, test[0], CLASSES, top1, progress=lambda *done: seen.append(done))
