@@ -65,7 +65,7 @@ class Evaluate:
     epochs: int | None = None
     """Passes over the labelled images (linear, finetune, transfer by finetune)."""
     learning_rates: tuple[float, ...] | None = None
-    """Candidates, per 256 images, chosen from on a hold-out (linear, finetune)."""
+    """Candidates, chosen from on a hold-out (linear, and finetune, there per 256 images)."""
     by: Literal["logistic", "finetune"] | None = None
     """Logistic regression on frozen features, or the whole network (transfer)."""
     sets: tuple[str, ...] | None = None
@@ -108,6 +108,9 @@ class Info:
 
     target: tyro.conf.Positional[str | None] = None
     """Run folder or DATA."""
+
+
+_EXTRAS = {"demo": "skimage", "parquet": "pyarrow", "plot": "matplotlib", "transfer": "scipy"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -299,7 +302,7 @@ def info(arguments: list[str]) -> None:
     if options.target is None:
         print(f"nnclr {nnclr.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
         print(f"threads {torch.get_num_threads()}, devices {', '.join(_devices())}")
-        for extra, module in (("demo", "skimage"), ("parquet", "pyarrow"), ("plot", "matplotlib")):
+        for extra, module in _EXTRAS.items():
             print(f"{extra}: {'installed' if importlib.util.find_spec(module) else f'pip install nnclr[{extra}]'}")
     elif (Path(options.target) / "config.toml").is_file():
         _describe_run(Path(options.target))
