@@ -14,6 +14,7 @@ from PIL import Image
 from nnclr import cli, sweep, training
 from nnclr.config import from_toml, make_config
 from nnclr.errors import InputError, NonFiniteError, StorageError
+from nnclr.evaluation.metrics import half_width
 from nnclr.run_folder import Run
 
 SETTINGS = """
@@ -256,8 +257,8 @@ def test_interval_is_students():
     """Against published two-sided 95 % quantiles."""
     for n, t in ((2, 12.706), (3, 4.303), (10, 2.262), (21, 2.086), (61, 2.000)):
         values = np.random.default_rng(n).normal(size=n).tolist()
-        assert sweep.interval(values) == pytest.approx(t * np.std(values, ddof=1) / np.sqrt(n), rel=1e-3)
-    assert sweep.interval([0.5]) is None
+        assert half_width(values) == pytest.approx(t * np.std(values, ddof=1) / np.sqrt(n), rel=1e-3)
+    assert half_width([0.5]) is None
 
 
 @pytest.mark.parametrize("path", sorted(Path("benchmarks/ablations").glob("*.toml")), ids=lambda path: path.stem)

@@ -146,7 +146,7 @@ def _numbers(query: str, known: set[str]) -> dict[str, int]:
     try:
         return {name: int(value) for name, value in parse_query(query, known).items()}
     except ValueError as error:
-        raise InputError(f"'{query}' after the ? of the encoder must hold whole numbers") from error
+        raise InputError(f"'{query}' after the ? must hold whole numbers") from error
 
 
 def _reason(error: Exception) -> str:

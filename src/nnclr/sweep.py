@@ -29,12 +29,11 @@ from nnclr.checkpoint import write_atomically
 from nnclr.data.images import Source
 from nnclr.data.source import open_source, test_split
 from nnclr.errors import InputError, NonFiniteError
+from nnclr.evaluation.metrics import half_width
 from nnclr.report import draw_sweep
 from nnclr.run_folder import Run
 from nnclr.training import check_settings, pretrain
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them its expansion in 1 / n.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _KEYS = {"data", "preset", "test_data", "seeds", "settings", "grid"}
 # Fields that no table may set, and what sets them.
 _ELSEWHERE = {
@@ -141,7 +140,7 @@ def _run_cell(spec: Spec, out: Path, cell: dict[str, Any], done: int, quiet: boo
         "cell": cell,
         "values": values,
         "mean": statistics.mean(values) if values else None,
-        "interval": interval(values),
+        "interval": half_width(values),
         "failed": failed,
         "origins": _distinct(origins),
     }
@@ -197,20 +196,6 @@ def origin(run: Run, spec: Spec) -> dict[str, Any]:
 
 def _distinct(origins: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for i, one in enumerate(origins) if one not in origins[:i]]
-
-
-def interval(values: list[float]) -> float | None:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t; None for one value."""
-    if len(values) < 2:
-        return None
-    freedom = len(values) - 1
-    z = 1.959964
-    t = (
-        _T95[freedom - 1]
-        if freedom <= len(_T95)
-        else z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    )
-    return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _write(out: Path, path: Path, spec: Spec, rows: list[dict[str, Any]]) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -131,7 +132,10 @@ def test_lists_of_names(tmp_path, pictures, encoder):
     assert result.parameters["fraction"] == pytest.approx(39 / 120)
     assert json.loads(result.to_json())["parameters"]["validation"] == {}
     listed.write_text("n0_0.png\nmissing_1.png\nmissing_2.png\n")
-    with pytest.raises(InputError, match=r"2 of 3 listed images are not in .*train, first missing_1.png"):
+    with pytest.raises(
+        InputError,
+        match=r"2 of 3 listed .* among the 120 of .*train that .*, first missing_1.png",
+    ):
         nnclr.evaluate(encoder, data, data, protocol="finetune", subset=str(listed))
 
 
@@ -169,13 +173,47 @@ def test_fetched_list_is_read(monkeypatch, pictures):
     assert asked[0].endswith("imagenet_subsets/10percent.txt")
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.5, -1])
+@pytest.mark.parametrize("fraction", [0.0, 1.5, -1, "x"])
 def test_impossible_fractions_are_refused(encoder, pictures, fraction):
-    with pytest.raises(InputError, match="above 0 and at most 1"):
+    with pytest.raises(InputError, match="above 0"):
         nnclr.evaluate(encoder, pictures, pictures, protocol="finetune", fraction=fraction)
 
 
 def test_one_image_is_not_enough(encoder, pictures):
-    one = (pictures[0][:1], pictures[1][:1])
+    one = array_source(pictures[0][:1], pictures[1][:1])
     with pytest.raises(InputError, match="fine-tuning needs two"):
-        nnclr.evaluate(encoder, one, one, protocol="finetune")
+        train_classifier(task_of(encoder), one, 4, 0.1, 1)
+
+
+def test_a_name_that_several_images_have_is_refused():
+    """In folders of classes file names repeat: taking any of them would train on another class without a word."""
+    source = dataclasses.replace(array_source(np.zeros((4, 2, 2, 3), np.uint8), [0, 0, 1, 1]), title=TITLES.__getitem__)
+    assert listed_rows(source, ["a/1.png", "b/0.png", "own.png"]).tolist() == [1, 2, 3]
+    with pytest.raises(
+        InputError, match=r"'0.png' is the name of several images of array; list them with their folders"
+    ):
+        listed_rows(source, ["0.png"])
+    with pytest.raises(InputError, match=r"1 of 1 listed images are not among the 4 .* first c/own.png"):
+        listed_rows(source, ["c/own.png"])
+
+
+TITLES = ("a/0.png", "a/1.png", "b/0.png", "b/own.png")
+
+
+def test_unreadable_images_are_not_counted(tmp_path, encoder, pictures):
+    from PIL import Image
+
+    for i, (image, label) in enumerate(zip(*pictures, strict=True)):
+        path = tmp_path / str(label) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "0" / "bad.png").write_bytes(b"no picture")
+    said = []
+    options = {"protocol": "finetune", "epochs": 1, "learning_rates": (0.1,), "say": said.append}
+    result = nnclr.evaluate(encoder, str(tmp_path), pictures_of(pictures), **options)
+    assert result.n_train == 120
+    assert any("1 of 121 images" in line for line in said)
+
+
+def pictures_of(pictures):
+    return array_source(*pictures, name="test", class_names=("0", "1", "2", "3"))

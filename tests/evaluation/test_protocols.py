@@ -182,7 +182,13 @@ def test_every_record_is_complete_json_and_repeats(protocol, pictures):
 
     options = {"linear": {"epochs": 3}}.get(protocol, {})
     results = [
-        nnclr.evaluate(random_encoder("small-convnet", 16), pictures, pictures, protocol=protocol, **options)
+        nnclr.evaluate(
+            random_encoder("small-convnet", 16),
+            pictures,
+            None if protocol == "label-free" else pictures,
+            protocol=protocol,
+            **options,
+        )
         for _ in range(2)
     ]
     one, two = (json.loads(result.to_json()) for result in results)
@@ -205,7 +211,7 @@ def test_bad_input_is_one_sentence(encoder, clouds, pictures):
         ((train[0],), {}, "has no labels"),
         ((train,), {"protocol": "knn", "k": 500}, "fewer than the k=500"),
         ((train, test), {"protocol": "knn", "k": (1, 150)}, "fewer than the k=150"),
-        ((train, test), {"protocol": "knn", "k": 0}, "must be above 0"),
+        ((train, test), {"protocol": "knn", "k": 0}, "k=0 must be a whole number above 0"),
         ((single,), {"protocol": "knn", "k": 1}, "class '1' of array has one image"),
         ((distinct, distinct), {"protocol": "linear"}, "every class of array has one image"),
         ((distinct, distinct), {"protocol": "logistic"}, "every class of array has one image"),
@@ -215,6 +221,16 @@ def test_bad_input_is_one_sentence(encoder, clouds, pictures):
         ((train, test), {"protocol": "linear", "k": 3}, "k is no parameter of linear; it takes augmentation, epochs"),
         ((train, test), {"protocol": "retrieval", "k": 3}, "k is no parameter of retrieval; it takes none"),
         ((train[0][:1],), {"protocol": "label-free"}, "label-free measures need two"),
+        ((train, test), {"protocol": "label-free"}, "leave the test images out"),
+        ((train, test), {"protocol": "knn", "k": ()}, r"k=\(\) must be a whole number above 0"),
+        ((train, test), {"protocol": "knn", "k": "five"}, "k='five' must be a whole number above 0"),
+        ((train, test), {"protocol": "knn", "temperature": (0.1, -1.0)}, "temperature=.* must be a number above 0"),
+        ((train, test), {"protocol": "linear", "epochs": 0}, "epochs=0 must be"),
+        ((train, test), {"protocol": "linear", "learning_rates": (-1.0,)}, "learning_rates=.* must be"),
+        ((train, test), {"seed": -1}, "seed=-1 must be at least 0"),
+        ((train, test), {"protocol": "finetune", "fraction": 0.5, "subset": "x.txt"}, "exclude each other"),
+        (((train[0], train[1] * 0),), {}, "have the same label; there is nothing to tell apart"),
+        (((train[0], train[1] * 0),), {"protocol": "retrieval"}, "nothing to tell apart"),
     ]
     for data, options, words in cases:
         with pytest.raises(InputError, match=words) as caught:
@@ -250,4 +266,27 @@ def test_unreadable_images_are_left_out_and_said(tmp_path, encoder):
     said = []
     result = nnclr.evaluate(encoder, str(tmp_path), str(tmp_path), k=3, say=said.append)
     assert result.n_test == 12
-    assert "1 of 13 images" in said[0]
+    assert any("1 of 13 images" in line for line in said)
+
+
+def test_scoring_what_was_learned_from_is_said(encoder, clouds):
+    said = []
+    nnclr.evaluate(encoder, clouds[0], clouds[0], k=1, say=said.append)
+    assert "those that were learned from" in said[0]
+    said.clear()
+    nnclr.evaluate(encoder, *clouds, k=1, say=said.append)
+    assert said == []
+
+
+def test_a_perfect_score_has_an_interval(encoder, clouds):
+    images, labels = placed([[250, 10]] * 9 + [[10, 250]] * 9, [0] * 9 + [1] * 9)
+    result = nnclr.evaluate(encoder, (images, labels), protocol="retrieval")
+    assert result.value == 1.0
+    assert result.interval[0] < 0.9
+
+
+def test_one_class_does_not_hinder_training(tmp_path, pictures, tiny):
+    """A folder in a folder looks like one class, and has to be trained on."""
+    run = nnclr.pretrain((pictures[0], pictures[1] * 0), tmp_path / "run", **tiny | {"epochs": 1})
+    assert run.metrics
+    assert run.evaluations == []

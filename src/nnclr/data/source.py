@@ -77,5 +77,5 @@ def parse_query(query: str, known: set[str] | None = None) -> dict[str, str]:
     wrong += [] if known is None else sorted(pairs.keys() - known)
     if wrong:
         choices = "NAME=VALUE" if known is None else ", ".join(f"{name}=..." for name in sorted(known))
-        raise InputError(f"'{wrong[0]}' after the ? of the data is not understood; expected {choices}")
+        raise InputError(f"'{wrong[0]}' after the ? is not understood; expected {choices}")
     return pairs

@@ -31,6 +31,10 @@ PROTOCOLS: dict[str, Callable[..., Outcome]] = {
 }
 
 
+_WHOLE = {"k", "epochs", "shots", "budgets", "repeats"}
+_NUMBERS = {"temperature", "learning_rates", "strengths", "fraction"}
+
+
 def evaluate(
     encoder: Encoder | str | Path,
     data: Any,
@@ -67,6 +71,8 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise InputError(f"no protocol is called '{protocol}'; there are {', '.join(PROTOCOLS)}")
     check_parameters(protocol, parameters)
+    if num_workers < 0 or seed < 0:
+        raise InputError(f"num_workers={num_workers} and seed={seed} must be at least 0")
     began = time.perf_counter()
     encoder = open_encoder(encoder)
     task = Task(encoder, data, test, num_workers, seed, say or (lambda text: None))
@@ -96,9 +102,18 @@ def evaluate(
 
 
 def check_parameters(protocol: str, parameters: dict[str, Any]) -> None:
-    """Raise the InputError for a parameter that the protocol does not have."""
+    """Raise the InputError for a parameter that the protocol does not have, or whose value cannot be used."""
     known = [name for name in inspect.signature(PROTOCOLS[protocol]).parameters if name != "task"]
     unknown = sorted(parameters.keys() - set(known))
     if unknown:
         there = f"it takes {', '.join(known)}" if known else "it takes none"
         raise InputError(f"{unknown[0]} is no parameter of {protocol}; {there}")
+    for name, value in parameters.items():
+        if name not in _WHOLE | _NUMBERS or value is None:
+            continue
+        several = list(value) if isinstance(value, (list, tuple)) else [value]
+        kinds: tuple[type, ...] = (int,) if name in _WHOLE else (int, float)
+        good = several and all(type(v) in kinds and 0 < v < float("inf") for v in several)
+        if not good:
+            kind = "a whole number" if name in _WHOLE else "a number"
+            raise InputError(f"{name}={value!r} must be {kind} above 0, or several where the protocol takes several")

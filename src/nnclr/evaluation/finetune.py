@@ -40,7 +40,7 @@ def top1_of_scores(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def finetune(
     task: Task,
-    fraction: float = 1.0,
+    fraction: float | None = None,
     subset: str | None = None,
     epochs: int | None = None,
     learning_rates: Sequence[float] = LEARNING_RATES,
@@ -49,7 +49,7 @@ def finetune(
 
     Args:
         task: what is evaluated.
-        fraction: share of each class, seeded, at least one image; smaller shares are part of larger ones.
+        fraction: share of each class, seeded, at least one image; smaller shares are part of larger ones; default 1.
         subset: instead of a fraction: a file or https address of a list of image names, one a line, or
             `simclr-1percent` or `simclr-10percent` for SimCLR's lists of ImageNet.
         epochs: passes over the labelled images; default 60 up to 2 % of the labels and 30 above, as published.
@@ -58,6 +58,9 @@ def finetune(
     Raises:
         InputError: if the fraction is not in (0, 1], the list cannot be had, or names images that are not there.
     """
+    if fraction is not None and subset is not None:
+        raise InputError("fraction and subset exclude each other: the list says which images are learned from")
+    fraction = 1.0 if fraction is None else fraction
     if not 0 < fraction <= 1:
         raise InputError(f"fraction={fraction} must be above 0 and at most 1")
     source, scored = task.split()
@@ -67,6 +70,7 @@ def finetune(
         fraction = len(rows) / len(source)
     else:
         rows = balanced_rows(source.labels, fraction, task.seed)
+    rows = task.readable_rows(source, rows)
     labelled = source.subset(rows) if len(rows) < len(source) else source
     epochs = (60 if fraction <= 0.02 else 30) if epochs is None else epochs
     held_out = balanced_share(source.labels[rows], 0.2, task.seed)
@@ -238,15 +242,23 @@ def read_list(subset: str) -> list[str]:
 
 
 def listed_rows(source: Source, names: Sequence[str]) -> np.ndarray:
-    """Sorted rows of the images that are listed by path, or by file name alone.
+    """Sorted rows of the images that are listed by path, or by file name alone where no two images share it.
 
     Raises:
-        InputError: if some are not there.
+        InputError: if some are not there, or a name without folders is that of several images.
     """
     paths = {source.describe(i): i for i in range(len(source))}
-    files = {os.path.basename(path): i for path, i in paths.items()}
-    rows = {name: paths.get(name, files.get(os.path.basename(name))) for name in names}
-    missing = [name for name, row in rows.items() if row is None]
+    files: dict[str, list[int]] = {}
+    for path, i in paths.items():
+        files.setdefault(os.path.basename(path), []).append(i)
+    found = {name: [paths[name]] if name in paths else files.get(name, []) for name in names}
+    missing = [name for name, rows in found.items() if not rows]
     if missing:
-        raise InputError(f"{len(missing)} of {len(names)} listed images are not in {source.name}, first {missing[0]}")
-    return np.unique([row for row in rows.values() if row is not None])
+        raise InputError(
+            f"{len(missing)} of {len(names)} listed images are not among the {len(source)} of {source.name} that are "
+            f"learned from, first {missing[0]}"
+        )
+    several = [name for name, rows in found.items() if len(rows) > 1]
+    if several:
+        raise InputError(f"'{several[0]}' is the name of several images of {source.name}; list them with their folders")
+    return np.unique([rows[0] for rows in found.values()])

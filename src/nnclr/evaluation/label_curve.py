@@ -15,7 +15,7 @@ from nnclr.errors import InputError
 from nnclr.evaluation.finetune import batch_size_for, first_of_each, train_classifier
 from nnclr.evaluation.linear import standardisation
 from nnclr.evaluation.logistic import fit_logistic, logistic_scores
-from nnclr.evaluation.metrics import top1
+from nnclr.evaluation.metrics import half_width, top1
 from nnclr.evaluation.task import Outcome, Task
 from nnclr.pretrained import pixel_encoder, random_encoder
 
@@ -44,11 +44,13 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
     source, scored = task.split()
     assert source.labels is not None
     smallest = int(np.bincount(source.labels)[np.unique(source.labels)].min())
-    used = sorted({budget for budget in budgets if 1 <= budget <= smallest})
-    if not used or repeats < 1:
+    used = sorted({budget for budget in budgets if budget <= smallest})
+    if not used:
         raise InputError(
             f"the smallest class of {source.name} has {smallest} images, fewer than {min(budgets)} labels a class"
         )
+    if used != sorted(budgets):
+        task.say(f"the smallest class of {source.name} has {smallest} images: only {used} labels a class are tried")
     ways: dict[str, Callable[[np.ndarray, int], float]] = {
         "encoder": _frozen(task, source, scored),
         "pixels": _frozen(replace(task, encoder=_pixels(task.encoder), _known={}), source, scored),
@@ -69,7 +71,7 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
         shown = ", ".join(f"{name} {100 * point[name]['mean']:.1f} %" for name in ways)
         task.say(f"{budget} labels a class: {shown}")
     last = curve[-1]["encoder"]
-    half = 1.96 * statistics.stdev(last["values"]) / math.sqrt(repeats) if repeats > 1 else 0.0
+    half = half_width(last["values"])
     parameters = {
         "budgets": used,
         "repeats": repeats,
@@ -79,8 +81,8 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
     return Outcome(
         f"top-1 accuracy with {used[-1]} labels a class",
         last["mean"],
-        (max(0.0, last["mean"] - half), min(1.0, last["mean"] + half)),
-        "over draws of the labelled images, 1.96 standard errors",
+        None if half is None else (max(0.0, last["mean"] - half), min(1.0, last["mean"] + half)),
+        "over draws of the labelled images, Student's t",
         parameters,
         source,
         scored,

@@ -250,7 +250,7 @@ def _fit(
 @torch.no_grad()
 def _accuracies(weights: Tensor, features: Tensor, labels: Tensor, scale: Scale, rows: Tensor | None = None) -> Tensor:
     """Top-1 accuracy of each classifier on some rows; a diverged one scores 0."""
-    flat, hits = weights.flatten(1), torch.zeros(weights.shape[1])
+    flat, hits = weights.flatten(1), torch.zeros(weights.shape[1], dtype=torch.float64)
     rows = torch.arange(len(features)) if rows is None else rows
     for block in rows.split(_BLOCK):
         x = F.pad(_standardised(features[block], scale), (0, 1), value=1.0)

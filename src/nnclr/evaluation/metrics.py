@@ -1,5 +1,7 @@
 """Predictions and labels to numbers, and intervals of any of them by bootstrap."""
 
+import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,8 @@ import numpy as np
 
 from nnclr import counter
 
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them its expansion in 1 / n.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _BOOTSTRAP = -3  # what the random numbers are for, beside counter's own -1 and -2
 
 
@@ -112,3 +116,17 @@ def bootstrap_interval(
         return float("nan"), float("nan")
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def half_width(values: list[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean, by Student's t; None for one value."""
+    if len(values) < 2:
+        return None
+    freedom = len(values) - 1
+    z = 1.959964
+    t = (
+        _T95[freedom - 1]
+        if freedom <= len(_T95)
+        else z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    )
+    return t * statistics.stdev(values) / math.sqrt(len(values))

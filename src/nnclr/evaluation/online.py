@@ -33,12 +33,15 @@ class OnlineKNN:
         """Queries come from the test images, or from a tenth of the source where there are none.
 
         Returns:
-            None where there are no labels to measure with.
+            None where there are no labels to measure with, or one only.
         """
         if source.labels is None or (test is not None and test.labels is None):
             return None
         bank, queries = split(source, test, seed)
-        return cls(_sample(bank, _BANK, seed), _sample(queries, _QUERIES, seed), k, temperature, seed, num_workers)
+        bank, queries = _sample(bank, _BANK, seed), _sample(queries, _QUERIES, seed)
+        if bank.labels is None or len(np.unique(bank.labels)) < 2:
+            return None
+        return cls(bank, queries, k, temperature, seed, num_workers)
 
     def measure(self, encoder: Encoder) -> Result:
         """kNN accuracy of the encoder as it is now."""

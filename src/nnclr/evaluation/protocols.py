@@ -9,7 +9,7 @@ import torch
 
 from nnclr import counter
 from nnclr.data.augment import policy
-from nnclr.data.images import Source, joined
+from nnclr.data.images import Source
 from nnclr.data.loader import Plan, create_loader
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
@@ -22,7 +22,6 @@ from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.retrieval import retrieval as measure_retrieval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, renormalised
 
-BOOTSTRAP = "over images of the test set, bootstrap"
 _VIEWED, _VIEWS = 1000, 10  # images, and augmented views of each, for LiDAR and alignment
 
 
@@ -42,13 +41,11 @@ def knn(task: Task, k: int | Sequence[int] = 20, temperature: float | Sequence[f
     """
     ks = (k,) if isinstance(k, int) else tuple(k)
     temperatures = (temperature,) if isinstance(temperature, (int, float)) else tuple(temperature)
-    if min(ks) < 1 or min(temperatures) <= 0:
-        raise InputError(f"k={min(ks)} and temperature={min(temperatures)} must be above 0")
     source, scored = task.split()
     (train, labels), (test, test_labels) = task.features(source), task.features(scored)
     grid, most = [(k, t) for k in ks for t in temperatures], max(ks)
     if most > len(train) - (len(grid) > 1):
-        raise InputError(f"{source.name} has {len(train)} images, fewer than the k={most} neighbours; use a smaller k")
+        raise InputError(f"{source.name} has {len(train)} images to learn from, fewer than the k={most} neighbours")
     rows, targets = torch.as_tensor(train), torch.as_tensor(labels)
     classes = len(source.class_names or ())
     similarities, indices = nearest_rows(rows, torch.as_tensor(test), most)
@@ -116,10 +113,10 @@ def retrieval(task: Task) -> Outcome:
     hits = (outcome.first_relevant == 0).astype(np.int64)
     details: dict[str, Any] = dict(outcome.metrics)
     details["mAP_interval"] = list(bootstrap_interval(np.mean, outcome.average_precisions, seed=task.seed))
-    interval = bootstrap_interval(top1, hits, np.ones_like(hits), seed=task.seed)
+    interval = wilson_interval(float(hits.mean()), len(hits))
     parameters = {"similarity": "cosine", "relevant": "same label, another image", "ks": [1, 5, 10]}
     return Outcome(
-        "recall@1", float(hits.mean()), interval, BOOTSTRAP, parameters, scored, scored, 0, len(features), details
+        "recall@1", float(hits.mean()), interval, WILSON, parameters, scored, scored, 0, len(features), details
     )
 
 
@@ -134,6 +131,11 @@ def few_shot(task: Task, shots: Sequence[int] = (1, 5, 10)) -> Outcome:
     features, labels = task.features(scored)
     outcomes = measure_few_shot(features, labels, tuple(shots), seed=task.seed)
     last = outcomes[max(outcomes)]
+    if last.left_out or last.ways < 5 or last.queries < 15:
+        task.say(
+            f"few-shot: {last.ways} classes an episode and {last.queries} queries each; {last.left_out} classes have "
+            "too few images"
+        )
     parameters = {
         "shots": last.shots,
         "ways": last.ways,
@@ -166,9 +168,9 @@ def label_free(task: Task) -> Outcome:
 
     The value is RankMe's effective rank as a share of the largest one that is possible.
     """
-    source = open_source(task.data)
     if task.test is not None:
-        source = joined(source, open_source(task.test))
+        raise InputError("label-free measures the images of DATA alone; leave the test images out")
+    source = open_source(task.data)
     vectors = task.embedded(source)
     readable = np.isfinite(vectors[:, 0])
     features = vectors if readable.all() else vectors[readable]

@@ -51,9 +51,12 @@ class Task:
         """Images to learn from and images to score; see `split`.
 
         Raises:
-            InputError: if a class has a single image that would have to be on both sides.
+            InputError: if there is one class only, or a class has a single image that would have to be on both sides.
         """
         train, scored = split(self.data, self.test, self.seed)
+        _check_classes(train)
+        if train.fingerprint == scored.fingerprint:
+            self.say(f"warning: the images of {train.name} that are scored are those that were learned from")
         if self.test is None and test_split(self.data) is None:
             held_out = set(np.unique(_labels(scored)).tolist())
             single = [label for label in np.unique(_labels(train)).tolist() if label not in held_out]
@@ -71,7 +74,16 @@ class Task:
         source = open_source(self.data) if test is None else test
         if source.labels is None:
             raise InputError(no_labels(source))
+        _check_classes(source)
         return source
+
+    def readable_rows(self, source: Source, rows: np.ndarray) -> np.ndarray:
+        """Those of some rows whose images can be read."""
+        bad = np.isnan(self.embedded(source.subset(rows))[:, 0])
+        if bad.any():
+            self.say(f"{int(bad.sum())} of {len(rows)} images of {source.name} cannot be read and are left out")
+        kept: np.ndarray = rows[~bad]
+        return kept
 
     def embedded(self, source: Source) -> np.ndarray:
         """Features (n, d) float32 of all images; the row of one that cannot be read is NaN."""
@@ -97,6 +109,11 @@ class Task:
             return vectors, labels
         self.say(f"{int((~readable).sum())} of {len(source)} images of {source.name} cannot be read and are left out")
         return vectors[readable], labels[readable]
+
+
+def _check_classes(source: Source) -> None:
+    if len(np.unique(_labels(source))) < 2:
+        raise InputError(f"all images of {source.name} have the same label; there is nothing to tell apart")
 
 
 def _labels(source: Source) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Transfer to twelve data sets (paper, table 4): logistic regression on frozen features, or fine-tuning."""
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from nnclr.errors import InputError
 from nnclr.evaluation.finetune import choose_and_train, targets_of
 from nnclr.evaluation.logistic import STRENGTHS, logistic_regression
 from nnclr.evaluation.metrics import bootstrap_interval, map_11, mean_per_class, top1
+from nnclr.evaluation.result import wilson_interval
 from nnclr.evaluation.task import Outcome, Task
 
 FINETUNE_RATES = (0.02, 0.1, 0.5)
@@ -27,7 +29,7 @@ def transfer(
     by: str = "logistic",
     sets: Sequence[str] | None = None,
     download: bool = False,
-    epochs: int = 30,
+    epochs: int | None = None,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Outcome:
     """The average over the data sets that are there of each one's own metric; `details` has a row for each.
@@ -40,20 +42,14 @@ def transfer(
         by: `logistic`, logistic regression on frozen features over the strengths; or `finetune`, the whole network.
         sets: keys of the data sets; default all twelve.
         download: fetch through torchvision what is not there.
-        epochs: passes over the training images (finetune).
+        epochs: passes over the training images (finetune); default 30.
         strengths: L2 strengths (logistic).
 
     Raises:
         InputError: if the folder does not exist, a key is unknown, or none of the data sets is there.
     """
-    root, keys = Path(str(task.data)), tuple(TRANSFER_SETS) if sets is None else tuple(sets)
-    if by not in ("logistic", "finetune"):
-        raise InputError(f"by='{by}' is neither logistic nor finetune")
-    unknown = [key for key in keys if key not in TRANSFER_SETS]
-    if unknown:
-        raise InputError(f"no transfer data set is called '{unknown[0]}'; there are {', '.join(TRANSFER_SETS)}")
-    if not root.is_dir() and not download:
-        raise InputError(f"{root} is no folder; name the one that holds the transfer data sets, or give --download")
+    root, keys = Path(str(task.data)), _checked(task, by, sets, download, epochs)
+    epochs = 30 if epochs is None else epochs
     rows, missing, opened = [], {}, []
     for key in keys:
         splits, reason = _opened(key, root, task, download)
@@ -63,7 +59,7 @@ def transfer(
         else:
             opened.append((TRANSFER_SETS[key], splits))
     if not opened:
-        raise InputError(f"none of {', '.join(keys)} is in {root}; {missing[keys[0]]}")
+        raise InputError(f"none of {', '.join(keys)} is in {root}; docs/evaluation.md shows the folders that are read")
     here = replace(task, encoder=replace(task.encoder, crop_pct=1.0), _known={})
     for known, splits in opened:
         if by == "logistic":
@@ -93,6 +89,27 @@ def transfer(
         sum(row["n_test"] for row in rows),
         {"sets": rows, "missing": missing},
     )
+
+
+def _checked(task: Task, by: str, sets: Sequence[str] | None, download: bool, epochs: int | None) -> tuple[str, ...]:
+    """The keys of the data sets, if everything goes together."""
+    keys = tuple(TRANSFER_SETS) if sets is None else (sets,) if isinstance(sets, str) else tuple(sets)
+    if by not in ("logistic", "finetune"):
+        raise InputError(f"by='{by}' is neither logistic nor finetune")
+    for key in keys:
+        if key not in TRANSFER_SETS:
+            near = difflib.get_close_matches(key, TRANSFER_SETS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"no transfer data set is called '{key}'; {hint}there are {', '.join(TRANSFER_SETS)}")
+    if task.test is not None:
+        raise InputError("transfer scores each data set's own test images; leave the test images out")
+    if by == "logistic" and epochs is not None:
+        raise InputError("epochs belongs to transfer by finetune; logistic regression has none")
+    if not Path(str(task.data)).is_dir() and not download:
+        raise InputError(
+            f"{task.data} is no folder; name the one that holds the transfer data sets, or give --download"
+        )
+    return keys
 
 
 def _opened(key: str, root: Path, task: Task, download: bool) -> tuple[Splits | None, str]:
@@ -156,16 +173,18 @@ def _row(
     chosen: dict[str, Any],
     by: str,
 ) -> dict[str, Any]:
-    if known.metric == "11-point mAP":
+    value = score_of(known.metric)(scores, targets)
+    if known.metric == "top-1 accuracy":
+        low, high = wilson_interval(value, len(targets))
+    elif known.metric == "11-point mAP":
         low, high = bootstrap_interval(map_11, scores, targets, seed=task.seed, draws=200)
     else:
-        metric = top1 if known.metric == "top-1 accuracy" else mean_per_class
-        low, high = bootstrap_interval(metric, scores.argmax(axis=1), targets, seed=task.seed)
+        low, high = bootstrap_interval(mean_per_class, scores.argmax(axis=1), targets, seed=task.seed)
     return {
         "set": known.key,
         "title": known.title,
         "metric": known.metric,
-        "value": score_of(known.metric)(scores, targets),
+        "value": value,
         "interval": [low, high],
         "n_train": n_train,
         "n_test": len(targets),
