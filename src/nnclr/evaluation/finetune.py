@@ -210,12 +210,17 @@ def balanced_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return first_of_each(labels, lambda n: max(1, round(fraction * n)), seed)
 
 
-def first_of_each(labels: np.ndarray, count: Callable[[int], int], seed: int) -> np.ndarray:
-    """Sorted rows: the first count(n) of each class of n rows, in a seeded order."""
+def first_of_each(labels: np.ndarray, count: int | Callable[[int], int], seed: int) -> np.ndarray:
+    """Sorted rows: the first `count`, or count(n) of a class of n rows, of each class, in a seeded order."""
     rank = counter.bits(seed, -6, np.arange(len(labels)))
     by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     return np.sort(
-        np.concatenate([rows[np.argsort(rank[rows], kind="stable")[: count(len(rows))]] for rows in by_class])
+        np.concatenate(
+            [
+                rows[np.argsort(rank[rows], kind="stable")[: count if isinstance(count, int) else count(len(rows))]]
+                for rows in by_class
+            ]
+        )
     )
 
 

@@ -64,7 +64,7 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
         for name, measure in ways.items():
             values = []
             for repeat in range(repeats):
-                rows = first_of_each(source.labels, lambda n, budget=budget: budget, task.seed + repeat)  # type: ignore[misc]
+                rows = first_of_each(source.labels, budget, task.seed + repeat)
                 values.append(measure(rows, task.seed + repeat))
             point[name] = {"mean": statistics.mean(values), "values": values}
         curve.append(point)
