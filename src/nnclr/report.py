@@ -144,7 +144,7 @@ def draw_sweep(path: Path, title: str, labels: list[str], rows: list[dict[str, A
         panel.plot([position] * len(row["values"]), [100 * v for v in row["values"]], ".", color="grey", alpha=0.6)
     panel.set_xticks(range(len(rows)), labels, rotation=30 if len(rows) > 5 else 0)
     panel.set_xlabel(title)
-    panel.set_ylabel("kNN accuracy in %, mean and 95 % interval")
+    panel.set_ylabel("kNN accuracy in %, 95 % interval")
     panel.grid(alpha=0.3)
     _save(figure, path)
 
