@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 
 from nnclr.config import Config, differences, from_toml, load_preset, make_config, presets, to_toml
+from nnclr.data.source import open_source
 from nnclr.errors import InputError
 from nnclr.objectives import OBJECTIVES, Objective
-from nnclr.training import make_views
+from nnclr.training import make_views, resolve
 
 
 def test_defaults_are_the_papers():
@@ -175,3 +176,9 @@ def test_ranges_of_an_augmentation_are_fields():
         assert (view.crop_ratio, view.blur_sigma, view.solarize_threshold) == ((0.5, 2.0), (0.1, 3.0), 0.7)
     assert views[2].crop_scale == (0.1, 0.3)
     assert make_views(make_config("data", "out"))[0].crop_ratio == (3 / 4, 4 / 3)
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1000.0, 10.0), (100.0, 10.0), (6.0, 0.6)])
+def test_default_warm_up_is_the_papers_or_a_tenth_of_a_short_run(pictures, epochs, expected):
+    config = make_config("data", "out", image_size=16, batch_size=24, epochs=epochs)
+    assert resolve(config, open_source(pictures)).warmup_epochs == pytest.approx(expected)

@@ -288,3 +288,14 @@ def test_a_full_disk_is_code_83(monkeypatch, pictures, tmp_path, tiny):
     with pytest.raises(nnclr.errors.StorageError, match="No space left on device") as raised:
         nnclr.pretrain(pictures, tmp_path / "run", **tiny)
     assert raised.value.exit_code == 83
+
+
+def test_a_finished_run_keeps_the_record_of_where_it_was_trained(pictures, tmp_path, tiny):
+    """Read again on another machine, it must not claim to have been trained there."""
+    record = tmp_path / "run" / "environment.json"
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"epochs": 1})
+    record.write_text('{"device": "elsewhere"}')
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"epochs": 1})
+    assert record.read_text() == '{"device": "elsewhere"}'
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"epochs": 1, "extend_epochs": 1})  # control: trained on
+    assert "elsewhere" not in record.read_text()

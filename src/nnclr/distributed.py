@@ -51,4 +51,5 @@ def gather(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    return _Gather.apply(rows)  # type: ignore[no-any-return]
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered

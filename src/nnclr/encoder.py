@@ -119,7 +119,8 @@ class Encoder:
         self.module.eval()
         try:
             with torch.autocast(self.device.type, enabled=False):
-                return self.module(views.float()).float()  # type: ignore[no-any-return]
+                features: Tensor = self.module(views.float()).float()
+                return features
         finally:
             self.module.train(was_training)
 

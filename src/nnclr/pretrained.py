@@ -139,7 +139,8 @@ def _unknown(library: str, name: str, near: list[str]) -> str:
 def _state_dict(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
 
 
 def _numbers(query: str, known: set[str]) -> dict[str, int]:

@@ -229,7 +229,7 @@ class SupportSet(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)`; ignore a change of dtype, since neighbours are compared in float32."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # not annotated in torch
         device = fn(self._vectors[:0]).device
         for name in (*("_" + rows for rows in _ROWS), *_COUNTS):
             setattr(self, name, getattr(self, name).to(device))

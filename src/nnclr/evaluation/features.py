@@ -59,7 +59,8 @@ def embedded(encoder: Encoder, source: Source, num_workers: int, say: Callable[[
     finally:
         Path(temporary).unlink(missing_ok=True)
     _prune(known)
-    return np.load(known, mmap_mode="c")  # type: ignore[no-any-return]
+    kept: np.ndarray = np.load(known, mmap_mode="c")
+    return kept
 
 
 def cache_key(encoder: Encoder, source: Source) -> str:

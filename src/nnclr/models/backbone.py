@@ -36,7 +36,8 @@ class SmallConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, 3, h, w) to features (n, 4 * width)."""
-        return self.stages(self.stem(images)).mean(dim=(2, 3))  # type: ignore[no-any-return]
+        features: Tensor = self.stages(self.stem(images)).mean(dim=(2, 3))
+        return features
 
 
 class _BasicBlock(nn.Module):
@@ -136,16 +137,18 @@ def _timm(name: str, image_size: int, any_size: bool) -> nn.Module:
         tries.insert(0, {"img_size": image_size, "dynamic_img_size": True})
     for options in tries[:-1]:
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, **options)  # type: ignore[no-any-return]
+            model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+            return model
         except TypeError:
             continue
-    return timm.create_model(name, pretrained=False, num_classes=0)  # type: ignore[no-any-return]
+    plain: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+    return plain
 
 
 def without_classifier(model: nn.Module, name: str) -> nn.Module:
     """Replace the last linear layer of a torchvision classifier by the identity; drop auxiliary classifiers."""
     if hasattr(model, "aux_logits"):  # GoogLeNet and Inception return a tuple while they train
-        model.aux_logits = False  # type: ignore[assignment]
+        model.aux_logits = False  # type: ignore[assignment]  # Module declares its attributes as tensors or modules
         for auxiliary in ("aux1", "aux2", "AuxLogits"):
             setattr(model, auxiliary, None)
     for attribute in ("fc", "classifier", "head", "heads"):

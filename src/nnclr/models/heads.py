@@ -27,7 +27,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (n, in_dim) to embeddings (n, out_dim), not normalised."""
-        return self.layers(features)  # type: ignore[no-any-return]
+        embeddings: Tensor = self.layers(features)
+        return embeddings
 
 
 class PredictionHead(nn.Module):
@@ -49,4 +50,5 @@ class PredictionHead(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Embeddings (n, dim) to predictions (n, dim), not normalised."""
-        return self.layers(embeddings)  # type: ignore[no-any-return]
+        predictions: Tensor = self.layers(embeddings)
+        return predictions
