@@ -58,6 +58,25 @@ def test_one_table_of_runs_and_baselines(runs, pictures, capsys):
     assert printed.count('"value"') >= 4
 
 
+def test_the_longer_list_runs_downwards(runs):
+    def shown(paths):
+        lines = [line for line in compare(paths).splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if not line.startswith("|---")]
+
+    upright = shown(["one", "two"])  # two encoders, one measure
+    assert [row[0] for row in upright] == ["encoder", "one", "two"]
+    last = json.loads((runs / "one/evaluations.jsonl").read_text().splitlines()[-1])
+    with open(runs / "one/evaluations.jsonl", "a") as file:
+        for protocol in ("retrieval", "few-shot"):
+            file.write(json.dumps({**last, "protocol": protocol, "metric": "m", "value": 0.5}) + "\n")
+    wide = shown(["one", "two"])  # two encoders, three measures
+    assert wide[0] == ["measured", "one", "two"]
+    assert len(wide) == 4
+    knn = next(row for row in wide if row[0].startswith("knn"))
+    assert knn[1:] == [row[1] for row in upright[1:]]
+    assert next(row for row in wide if row[0].startswith("retrieval"))[1].startswith("50.0")
+
+
 def test_latest_result_of_a_kind_counts(runs):
     path = runs / "one/evaluations.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])

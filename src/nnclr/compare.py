@@ -30,7 +30,7 @@ def compare(paths: list[str], out: Path | None = None) -> str:
         out: folder for `compare.md`, `compare.csv` and `compare.png`.
 
     Returns:
-        The table in Markdown: one row an encoder, one column a protocol and data set.
+        The table in Markdown: encoders against protocols and data sets, the longer list downwards.
 
     Raises:
         InputError: if a path holds no evaluations.
@@ -41,9 +41,11 @@ def compare(paths: list[str], out: Path | None = None) -> str:
             latest[measured.encoder, measured.what] = measured
     rows = list(dict.fromkeys(encoder for encoder, _ in latest))
     columns = sorted(dict.fromkeys(what for _, what in latest))
-    lines = [f"| encoder | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        lines.append(f"| {row} | {' | '.join(_cell(latest.get((row, column))) for column in columns)} |")
+    cells = {(row, column): _cell(latest.get((row, column))) for row in rows for column in columns}
+    if len(columns) > len(rows):
+        lines = _table("measured", columns, rows, {(column, row): text for (row, column), text in cells.items()})
+    else:
+        lines = _table("encoder", rows, columns, cells)
     table = "In %, with the 95 % interval of each figure.\n\n" + "\n".join(lines) + "\n"
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,11 @@ def compare(paths: list[str], out: Path | None = None) -> str:
         write_atomically(out / "compare.csv", _csv(list(latest.values())).encode())
         draw_comparison(out / "compare.png", rows, columns, {k: (m.value, m.interval) for k, m in latest.items()})
     return table
+
+
+def _table(corner: str, rows: list[str], columns: list[str], cells: dict[tuple[str, str], str]) -> list[str]:
+    head = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return head + [f"| {row} | {' | '.join(cells[row, column] for column in columns)} |" for row in rows]
 
 
 def _read(path: Path) -> list[Measured]:

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 
-from nnclr.evaluation.linear import _fit, linear_accuracy, standardisation
+from nnclr.evaluation.linear import _accuracies, _fit, _predictions, linear_accuracy, standardisation
 from nnclr.evaluation.task import balanced_share
 
 
@@ -25,6 +26,27 @@ def test_near_logistic_regression(clusters):
     assert 0.6 < expected < 0.95  # neither trivial nor hopeless
     assert outcome.test_accuracy == pytest.approx(expected, abs=0.01)
     assert outcome.protocol["learning_rate"] == outcome.learning_rate
+
+
+def test_mean_per_class_is_that_of_scikit_learn(clusters):
+    train, labels, test, truth = clusters
+    rare = np.isin(labels, (0, 1)) | (np.arange(len(labels)) % 10 == 0)  # unequal classes, or both measures agree
+    kept = np.isin(truth, (0, 1)) | (np.arange(len(truth)) % 10 == 0)
+    outcome = linear_accuracy(train[rare], labels[rare], test[kept], truth[kept], 5, epochs=40, batch_size=256)
+    mean, std = train[rare].mean(0), train[rare].std(0)
+    theirs = LogisticRegression(max_iter=500).fit((train[rare] - mean) / std, labels[rare])
+    predicted = theirs.predict((test[kept] - mean) / std)
+    assert outcome.mean_per_class == pytest.approx(balanced_accuracy_score(truth[kept], predicted), abs=0.03)
+    assert abs(outcome.mean_per_class - outcome.test_accuracy) > 0.04  # more than the tolerance above
+
+
+def test_a_diverged_classifier_is_never_right():
+    weights = torch.zeros(3, 2, 4)
+    weights[:, 1] = torch.nan
+    features, labels = torch.ones(6, 2), torch.zeros(6, dtype=torch.int64)
+    predicted = _predictions(weights, features, (torch.zeros(()), torch.ones(())))
+    assert predicted.tolist() == [[0, -1]] * 6
+    assert _accuracies(predicted, labels).tolist() == [1.0, 0.0]
 
 
 def test_twice_the_same(clusters):

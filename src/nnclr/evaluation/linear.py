@@ -12,6 +12,7 @@ from torch import Tensor
 from nnclr.data.images import Source
 from nnclr.data.loader import Plan, create_loader
 from nnclr.errors import InputError
+from nnclr.evaluation.metrics import mean_per_class, top1
 from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, crop_and_flip, renormalised
 
@@ -24,6 +25,7 @@ class LinearOutcome:
     """What `linear_accuracy` found."""
 
     test_accuracy: float
+    mean_per_class: float  # on the test images too
     validation_accuracy: float
     learning_rate: float
     protocol: dict[str, Any]
@@ -57,7 +59,10 @@ def linear(
         )
     value = outcome.test_accuracy
     interval = wilson_interval(value, len(test))
-    return Outcome("top-1 accuracy", value, interval, WILSON, outcome.protocol, source, scored, len(train), len(test))
+    details = {"mean_per_class": outcome.mean_per_class}
+    return Outcome(
+        "top-1 accuracy", value, interval, WILSON, outcome.protocol, source, scored, len(train), len(test), details
+    )
 
 
 def linear_accuracy(
@@ -96,17 +101,23 @@ def linear_accuracy(
     held_out = torch.from_numpy(balanced_share(labels.numpy(), validation_fraction, seed))
     rows, held_rows = torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
     weights = _fit(train, labels, num_classes, learning_rates, epochs, batch_size, seed, rows, scale)
-    accuracies = _accuracies(weights, train, labels, scale, held_rows)
+    accuracies = _accuracies(_predictions(weights, train, scale, held_rows), labels[held_rows])
     best = int(accuracies.argmax())
     final = _fit(train, labels, num_classes, (learning_rates[best],), epochs, batch_size, seed, None, scale)
-    value = float(_accuracies(final, torch.as_tensor(test_features), torch.as_tensor(test_labels), scale)[0])
+    predicted = _predictions(final, torch.as_tensor(test_features), scale)[:, 0].numpy()
     protocol = {
         **_described("none", epochs, batch_size, learning_rates),
         "learning_rate": learning_rates[best],
         "validation_fraction": validation_fraction,
         "validation_accuracy": float(accuracies[best]),
     }
-    return LinearOutcome(value, float(accuracies[best]), learning_rates[best], protocol)
+    return _outcome(predicted, np.asarray(test_labels), float(accuracies[best]), learning_rates[best], protocol)
+
+
+def _outcome(
+    predicted: np.ndarray, labels: np.ndarray, validation: float, rate: float, protocol: dict[str, Any]
+) -> LinearOutcome:
+    return LinearOutcome(top1(predicted, labels), mean_per_class(predicted, labels), validation, rate, protocol)
 
 
 def _augmented(
@@ -145,9 +156,9 @@ def _augmented(
             task.say(f"linear with augmentation: epoch {(batch.step + 1) // plan.steps_per_epoch} of {epochs}")
     centre = torch.from_numpy(task.embedded(source))
     held = torch.nonzero(held_out & centre[:, 0].isfinite()).flatten()
-    accuracies = _accuracies(choosing.weights, centre, labels, scale, held)
+    accuracies = _accuracies(_predictions(choosing.weights, centre, scale, held), labels[held])
     best = int(accuracies.argmax())
-    scored = _accuracies(final.weights, torch.from_numpy(test), torch.from_numpy(test_labels), scale)
+    predicted = _predictions(final.weights, torch.from_numpy(test), scale)[:, best].numpy()
     protocol = {
         **_described("random crops and flips", epochs, batch_size, learning_rates),
         "crop_min_scale": plan.views[0].crop_scale[0],
@@ -155,7 +166,7 @@ def _augmented(
         "validation_fraction": validation_fraction,
         "validation_accuracy": float(accuracies[best]),
     }
-    return LinearOutcome(float(scored[best]), float(accuracies[best]), learning_rates[best], protocol)
+    return _outcome(predicted, test_labels, float(accuracies[best]), learning_rates[best], protocol)
 
 
 def _described(augmentation: str, epochs: int, batch_size: int, learning_rates: tuple[float, ...]) -> dict[str, Any]:
@@ -248,12 +259,17 @@ def _fit(
 
 
 @torch.no_grad()
-def _accuracies(weights: Tensor, features: Tensor, labels: Tensor, scale: Scale, rows: Tensor | None = None) -> Tensor:
-    """Top-1 accuracy of each classifier on some rows; a diverged one scores 0."""
-    flat, hits = weights.flatten(1), torch.zeros(weights.shape[1], dtype=torch.float64)
+def _predictions(weights: Tensor, features: Tensor, scale: Scale, rows: Tensor | None = None) -> Tensor:
+    """Classes (n, rates) that the classifiers give to some rows; -1, which is never right, where one has diverged."""
+    flat, found = weights.flatten(1), []
     rows = torch.arange(len(features)) if rows is None else rows
     for block in rows.split(_BLOCK):
         x = F.pad(_standardised(features[block], scale), (0, 1), value=1.0)
         logits = (x @ flat).view(len(x), *weights.shape[1:])
-        hits += ((logits.argmax(dim=2) == labels[block][:, None]) & logits.isfinite().all(dim=2)).sum(dim=0)
-    return hits / max(len(rows), 1)
+        found.append(logits.argmax(dim=2).masked_fill(~logits.isfinite().all(dim=2), -1))
+    return torch.cat(found)
+
+
+def _accuracies(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Top-1 accuracy (rates,) float64 of each classifier; 0 of no rows."""
+    return (predictions == labels[:, None]).double().sum(dim=0) / max(len(labels), 1)
