@@ -65,7 +65,8 @@ def main():
                 continue
             if protocol == "label-curve" and who == "nnclr":
                 parameters["from_scratch"] = True
-            result = nnclr.evaluate(encoder, data, test, protocol=protocol, say=print, **parameters)
+            scored = None if protocol == "label-free" else test
+            result = nnclr.evaluate(encoder, data, scored, protocol=protocol, say=print, **parameters)
             print(result.in_words(), flush=True)
             append(Titled(who, title, result), file)
     render()

@@ -110,7 +110,7 @@ def test_torchrun_is_refused_until_the_loop_knows_it(capsys, monkeypatch, tmp_pa
 
 
 def test_unknown_command_and_flag(capsys, tmp_path):
-    fails(capsys, tmp_path, 2, "'trian' is no command; there are demo, pretrain", "trian")
+    fails(capsys, tmp_path, 2, "'trian' is no command; there are pretrain, demo", "trian")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", "x", "--out", "y", "--epoch", "3"])
     assert stopped.value.code == 2

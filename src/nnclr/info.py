@@ -1,0 +1,69 @@
+"""`nnclr info`: versions and devices, and what a run folder or a data set holds."""
+
+import importlib.util
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import nnclr
+from nnclr.data.source import open_source
+from nnclr.run_folder import Run
+
+_EXTRAS = {
+    "demo": "skimage",
+    "parquet": "pyarrow",
+    "plot": "matplotlib",
+    "transfer": "scipy",
+    "index": "faiss",
+    "explore": "starlette",
+    "onnx": "onnxscript",
+    "tensorboard": "tensorboard",
+}
+
+
+def describe(target: str | None) -> Iterator[str]:
+    """Lines about this installation, about a run folder, or about DATA.
+
+    Raises:
+        InputError: if the target is neither a run nor readable as data.
+    """
+    if target is None:
+        yield from _installation()
+    elif (Path(target) / "config.toml").is_file():
+        yield from _run(Path(target))
+    else:
+        yield from _data(target)
+
+
+def _installation() -> Iterator[str]:
+    yield f"nnclr {nnclr.__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    devices = ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
+    yield f"threads {torch.get_num_threads()}, devices {', '.join(devices)}"
+    for extra, module in _EXTRAS.items():
+        yield f"{extra}: {'installed' if importlib.util.find_spec(module) else f'pip install nnclr[{extra}]'}"
+
+
+def _run(path: Path) -> Iterator[str]:
+    run = Run(path)
+    yield (path / "config.toml").read_text().rstrip("\n")
+    if run.metrics:
+        yield "last metrics: " + json.dumps(run.metrics[-1])
+    for line in run.evaluations[-3:]:
+        yield f"step {line['step']}: {line['protocol']} {line['metric']} {line['value']:.4f}"
+
+
+def _data(data: str) -> Iterator[str]:
+    source = open_source(data)
+    yield f"{source.name}: {len(source)} images, fingerprint {source.fingerprint[:16]}"
+    if source.labels is None or source.class_names is None:
+        yield "no labels: pre-training needs none, kNN and purity are not measured"
+        return
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    for name, count in list(zip(source.class_names, counts, strict=True))[:20]:
+        yield f"  {name}: {count}"
+    if len(counts) > 20:
+        yield f"  ... and {len(counts) - 20} more classes"
