@@ -18,8 +18,8 @@ import torch
 
 import nnclr
 from nnclr.evaluation.result import append
+from nnclr.plots import draw_label_curve
 from nnclr.pretrained import open_encoder, pixel_encoder, random_encoder
-from nnclr.report import draw_label_curve
 
 RESULTS = Path("docs/results/protocols")
 TRAINED = ("nnclr", "simclr", "supervised")

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnclr import counter
+from nnclr.kernels.lookup import bfloat16_is_fast, nearest_slots, stable_topk
 
 NO_ID = -1  # an entry whose image is unknown, and the id of a neighbour that does not exist
+_LARGE = 2048  # slots from which the look-up by bfloat16 and float32 pays
 _ROWS = ("vectors", "ids", "born")
 _COUNTS = ("enqueued", "updates", "refused")
 
@@ -59,7 +61,7 @@ class SupportSet(nn.Module):
     updates: Tensor  # () int64, calls of `enqueue`
     refused: Tensor  # () int64, rows without a unit vector (NaN, infinite, zero) that were not let in
 
-    def __init__(self, size: int, dim: int, block_size: int = 8192, replacement: str = "fifo") -> None:
+    def __init__(self, size: int, dim: int, block_size: int = 4096, replacement: str = "fifo") -> None:
         super().__init__()
         if replacement not in ("fifo", "random"):
             raise ValueError(f"replacement={replacement!r} is neither fifo nor random")
@@ -131,14 +133,12 @@ class SupportSet(nn.Module):
             raise ValueError(f"k={k} is not between 1 and the support set's size {self.size}")
         with _exact_float32(z.device):
             z_ND = F.normalize(z.float(), dim=1)
-            best_NK = z_ND.new_full((len(z), 0), -torch.inf)
-            slots_NK = torch.zeros(len(z), 0, dtype=torch.int64, device=z.device)
-            for start in range(0, self.size, self.block_size):
-                refused = self._refused(start, exclude_ids, labels, query_labels)
-                scores, slots = self._best_of_block(z_ND, start, k, refused)
-                # Earlier blocks stand first, and a stable sort keeps them first among equals.
-                best, order = torch.cat([best_NK, scores], 1).sort(dim=1, descending=True, stable=True)
-                best_NK, slots_NK = best[:, :k], torch.cat([slots_NK, slots], 1).gather(1, order[:, :k])
+            if exclude_ids is None and labels is None and self.size >= _LARGE and bfloat16_is_fast(z.device):
+                best_NK, slots_NK = nearest_slots(
+                    z_ND, self.vectors, self.enqueued, k, self.block_size, lambda some: self._compare_all(some, k)
+                )
+            else:
+                best_NK, slots_NK = self._compare_all(z_ND, k, exclude_ids, labels, query_labels)
         found_NK = best_NK.isfinite()
         return Neighbours(
             embeddings=self.vectors[slots_NK] * found_NK[..., None],
@@ -146,6 +146,25 @@ class SupportSet(nn.Module):
             similarities=best_NK,
             ages=torch.where(found_NK, self.updates - self.born[slots_NK], 0),
         )
+
+    def _compare_all(
+        self,
+        z_ND: Tensor,
+        k: int,
+        exclude_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        query_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Similarities and slots (n, k) of the best entries, all compared in float32, block by block."""
+        best_NK = z_ND.new_full((len(z_ND), 0), -torch.inf)
+        slots_NK = torch.zeros(len(z_ND), 0, dtype=torch.int64, device=z_ND.device)
+        for start in range(0, self.size, self.block_size):
+            refused = self._refused(start, exclude_ids, labels, query_labels)
+            scores, slots = self._best_of_block(z_ND, start, k, refused)
+            # Earlier blocks stand first, and a stable sort keeps them first among equals.
+            best, order = torch.cat([best_NK, scores], 1).sort(dim=1, descending=True, stable=True)
+            best_NK, slots_NK = best[:, :k], torch.cat([slots_NK, slots], 1).gather(1, order[:, :k])
+        return best_NK, slots_NK
 
     def _refused(
         self, start: int, exclude_ids: Tensor | None, labels: Tensor | None, query_labels: Tensor | None
@@ -168,10 +187,7 @@ class SupportSet(nn.Module):
         scores = torch.addmm(unfilled, z_ND, self.vectors[start:stop].T)
         if refused is not None:
             scores.masked_fill_(refused, -torch.inf)
-        if k == 1:
-            best, index = scores.max(dim=1, keepdim=True)
-        else:
-            best, index = _stable_topk(scores, min(k, stop - start))
+        best, index = stable_topk(scores, min(k, stop - start))
         return best, index + start
 
     @torch.no_grad()
@@ -262,21 +278,6 @@ class SupportSet(nn.Module):
         if strict:
             known = {prefix + name for name in _ROWS + _COUNTS}
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
-
-
-def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, best first and lowest column first among equals.
-
-    torch.topk leaves the order of ties open, at its boundary too; so its smallest value serves as a
-    threshold, and ties at the threshold are admitted by column order.
-    """
-    threshold = scores.topk(k, dim=1).values[:, -1:]
-    above = scores > threshold
-    ties = (scores == threshold) & ((scores == threshold).cumsum(1) + above.sum(1, keepdim=True) <= k)
-    columns = (above | ties).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    columns = columns.sort(dim=1).values
-    best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return best, columns.gather(1, order)
 
 
 @contextmanager
