@@ -10,9 +10,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nnclr.distributed import gather
+    from nnclr.embed import embed_to_file
+    from nnclr.embeddings import open_embeddings
     from nnclr.encoder import Encoder
     from nnclr.evaluation import evaluate
+    from nnclr.importers import import_checkpoint
     from nnclr.models.heads import PredictionHead, ProjectionHead
+    from nnclr.neighbours import NeighbourIndex
     from nnclr.objectives.nnclr import NNCLR, nnclr_loss
     from nnclr.objectives.objective import Objective, Output
     from nnclr.objectives.simclr import SimCLR, nt_xent_loss
@@ -26,6 +30,7 @@ _HOME = {
     "Encoder": "nnclr.encoder",
     "LARS": "nnclr.optim",
     "NNCLR": "nnclr.objectives.nnclr",
+    "NeighbourIndex": "nnclr.neighbours",
     "Neighbours": "nnclr.support_set",
     "Objective": "nnclr.objectives.objective",
     "Output": "nnclr.objectives.objective",
@@ -34,10 +39,13 @@ _HOME = {
     "Run": "nnclr.run_folder",
     "SimCLR": "nnclr.objectives.simclr",
     "SupportSet": "nnclr.support_set",
+    "embed_to_file": "nnclr.embed",
     "evaluate": "nnclr.evaluation",
     "gather": "nnclr.distributed",
+    "import_checkpoint": "nnclr.importers",
     "nnclr_loss": "nnclr.objectives.nnclr",
     "nt_xent_loss": "nnclr.objectives.simclr",
+    "open_embeddings": "nnclr.embeddings",
     "open_encoder": "nnclr.pretrained",
     "pretrain": "nnclr.training",
 }
@@ -46,6 +54,7 @@ __all__ = [
     "LARS",
     "NNCLR",
     "Encoder",
+    "NeighbourIndex",
     "Neighbours",
     "Objective",
     "Output",
@@ -54,10 +63,13 @@ __all__ = [
     "Run",
     "SimCLR",
     "SupportSet",
+    "embed_to_file",
     "evaluate",
     "gather",
+    "import_checkpoint",
     "nnclr_loss",
     "nt_xent_loss",
+    "open_embeddings",
     "open_encoder",
     "pretrain",
 ]

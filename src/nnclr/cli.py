@@ -167,7 +167,7 @@ def _result_files(folder: Path, out: str | None) -> tuple[Path | None, Path | No
 def _show(results: list[Any], folder: Path | None) -> None:
     """What a protocol has beside its number: a table, a curve."""
     from nnclr.evaluation.transfer import table
-    from nnclr.report import draw_label_curve
+    from nnclr.plots import draw_label_curve
 
     for result in results:
         if result.protocol == "transfer":
@@ -200,7 +200,7 @@ def sweep(options: Sweep) -> None:
 def embed(options: Embed) -> None:
     """`nnclr embed`."""
     from nnclr.device import choose_device
-    from nnclr.embeddings import embed_to_file
+    from nnclr.embed import embed_to_file
     from nnclr.pretrained import open_encoder
 
     encoder = open_encoder(options.encoder, choose_device(options.device))

@@ -134,9 +134,7 @@ class SupportSet(nn.Module):
         with _exact_float32(z.device):
             z_ND = F.normalize(z.float(), dim=1)
             if exclude_ids is None and labels is None and self.size >= _LARGE and bfloat16_is_fast(z.device):
-                best_NK, slots_NK = nearest_slots(
-                    z_ND, self.vectors, self.enqueued, k, self.block_size, lambda some: self._compare_all(some, k)
-                )
+                best_NK, slots_NK = self._compare_candidates(z_ND, k)
             else:
                 best_NK, slots_NK = self._compare_all(z_ND, k, exclude_ids, labels, query_labels)
         found_NK = best_NK.isfinite()
@@ -145,6 +143,16 @@ class SupportSet(nn.Module):
             ids=torch.where(found_NK, self.ids[slots_NK], NO_ID),
             similarities=best_NK,
             ages=torch.where(found_NK, self.updates - self.born[slots_NK], 0),
+        )
+
+    def _compare_candidates(self, z_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """What `_compare_all` returns, faster: bfloat16 products say which few entries are worth comparing."""
+        if z_ND.device.type == "cuda":
+            from nnclr.kernels.lookup_triton import nearest_slots_triton
+
+            return nearest_slots_triton(z_ND, self.vectors, self.enqueued, k)
+        return nearest_slots(
+            z_ND, self.vectors, self.enqueued, k, self.block_size, lambda some: self._compare_all(some, k)
         )
 
     def _compare_all(

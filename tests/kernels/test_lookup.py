@@ -176,7 +176,7 @@ expected = exact(z[:6], vectors, 1)[1]
 right = lookup_triton.nearest_slots_triton(z[:6], vectors, torch.tensor(1024), 1)[1]
 lookup_triton.least_maximum = lambda kth, _: kth + 1.0  # no group is a candidate
 none = lookup_triton.nearest_slots_triton(z[:6], vectors, torch.tensor(1024), 1)[0]
-print(checked, (right.numpy() == expected).all(), (none == -torch.inf).all())
+print(checked, (right.numpy() == expected).all(), bool((none == -torch.inf).all()))
 """
 
 

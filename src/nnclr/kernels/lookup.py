@@ -36,22 +36,20 @@ def nearest_slots(
 ) -> tuple[Tensor, Tensor]:
     """The k slots with the largest cosine similarity to each query, best first, lowest slot first among equals.
 
+    This is the form for a CPU; it waits for the device, `lookup_triton.nearest_slots_triton` does not.
+
     Args:
         z: (n, d) float32, unit length.
         vectors: (m, d) float32, unit length where filled.
         filled: () int64, slots in use, the first ones; all where it is larger than m.
         k: neighbours; missing ones have similarity -inf and any slot.
-        block: slots that are multiplied at a time on a CPU.
+        block: slots that are multiplied at a time.
         plain: queries -> similarities and slots, by comparing all slots in float32; for queries with very many
-            candidates on a CPU.
+            candidates.
 
     Returns:
         Similarities (n, k) float32 and slots (n, k) int64.
     """
-    if z.device.type == "cuda":
-        from nnclr.kernels.lookup_triton import nearest_slots_triton
-
-        return nearest_slots_triton(z, vectors, filled, k)
     if int(filled) < 2 * k * GROUP:  # so few groups that nearly all are candidates
         return plain(z)
     maxima = group_maxima(z, vectors, filled, block)
