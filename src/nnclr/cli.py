@@ -1,7 +1,9 @@
 """The `nnclr` command: one thin function a verb."""
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +19,24 @@ from nnclr.options import Compare, Demo, Embed, Evaluate, Explore, Export, Info,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit codes are listed in docs/exit-codes.md."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _answer(arguments)
+        sys.stdout.flush()
+    except NNCLRError as error:
+        print(f"nnclr: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # nnclr ... | head: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it leaves
+        return 0
+    except KeyboardInterrupt:
+        print("nnclr: interrupted before there was anything to save", file=sys.stderr)
+        return 130
+    return code
+
+
+def _answer(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
@@ -25,13 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         _run(arguments[0], arguments[1:])
-    except NNCLRError as error:
-        print(f"nnclr: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("nnclr: interrupted before there was anything to save", file=sys.stderr)
-        return 130
+    except SystemExit:  # after --help
+        sys.stdout.flush()
+        raise
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One plain line: the place in the source is for those who call the function from Python."""
+    print(f"nnclr: warning: {message}", file=sys.stderr)
 
 
 def _run(verb: str, arguments: list[str]) -> None:
@@ -251,7 +273,8 @@ def export(options: Export) -> None:
     from nnclr.export import export as write
     from nnclr.pretrained import open_encoder
 
-    write(open_encoder(options.encoder), options.format, options.out)
+    run = options.encoder if (Path(options.encoder) / "config.toml").is_file() else None
+    write(open_encoder(options.encoder), options.format, options.out, run=run)
 
 
 def report(options: Report) -> None:

@@ -1,15 +1,22 @@
-"""The trained backbone as users hold it: load, embed, save.
+"""The trained backbone as users hold it: load, embed, save, push.
 
 An encoder folder holds `config.json` and `model.safetensors` in the layout of timm's hub models, so that
 `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers' `AutoModel` load it where the
-backbone is a plain timm architecture. What is ours (image size, preprocessing, provenance) is in there too.
+backbone is a plain timm architecture. What is ours (image size, preprocessing, provenance) is in there too,
+and a golden vector: features of one synthetic picture, with which loading proves that preprocessing and weights
+are those that were saved. It lies in the metadata of the weights, so that no kill can part it from them.
 """
 
+import copy
 import hashlib
 import json
+import math
+import re
+import tempfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,9 +32,17 @@ from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
+from nnclr.model_card import model_card, without_paths
 from nnclr.models.backbone import SMALL_IMAGE, create_backbone, feature_dim, timm_name
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
+_GOLDEN = "nnclr_golden"
+_GOLDEN_NUMBERS = 64
+# Float32 on another processor or with other threads moves features by about 1e-5 of the largest one, TF32 and a
+# Pillow that rounds otherwise by 1e-3; a crop 0.01 tighter, or a mean 0.01 off, moves them by 1e-2 and more.
+_LARGEST_DIFFERENCE, _SMALLEST_COSINE = 4e-3, 0.99999
+_LARGEST_SIDE = 2048  # pixels of an image that a config may ask for
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass
@@ -130,6 +145,17 @@ class Encoder:
         except BadImage:
             return None
 
+    def golden_features(self) -> np.ndarray:
+        """Features (d,) float32 of `golden_image`, through the whole preprocessing, on the CPU.
+
+        Always on the CPU, because convolutions on a GPU round to TF32 unless they are told not to.
+        """
+        pixels = eval_image(golden_image(), self.image_size, self.crop_pct)
+        views = normalize(torch.from_numpy(pixels)[None].float() / 255, self.mean, self.std)
+        encoder = self if self.device.type == "cpu" else replace(self, module=on_cpu(self.module))
+        features: np.ndarray = encoder.features(views)[0].numpy()
+        return features
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; each file is replaced as a whole.
 
@@ -138,13 +164,62 @@ class Encoder:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
-        write_atomically(folder / _WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
-        write_atomically(folder / _CONFIG, (json.dumps(self._config(), indent=2) + "\n").encode())
-
-    def _config(self) -> dict[str, Any]:
-        backbone = str(self.provenance.get("backbone", type(self.module).__name__))
         width = feature_dim(self.module, self.image_size)
+        # Copies, because the file format has no two names for one tensor.
+        weights = {n: v.detach().to("cpu", copy=True).contiguous() for n, v in self.module.state_dict().items()}
+        content = safetensors.torch.save(weights, {"format": "pt"})
+        golden = self.golden_features()
+        if np.isfinite(golden).all():
+            content = _with_metadata(content, _GOLDEN, json.dumps(_some(golden).tolist()))
+        write_atomically(folder / _WEIGHTS, content)
+        write_atomically(folder / _CONFIG, (json.dumps(self._config(width), indent=2) + "\n").encode())
+
+    def push_to_hub(
+        self, repo_id: str, private: bool = False, token: str | None = None, run: str | Path | None = None
+    ) -> str:
+        """Upload the encoder with a model card to the Hugging Face Hub.
+
+        Args:
+            repo_id: `owner/name`; made if it is not there.
+            private: whether a new repository can be seen by its owner alone.
+            token: of the Hub; default the one that `hf auth login` stored.
+            run: the run folder whose configuration and evaluations the card lists.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            InputError: if the name is none, or the Hub refuses or cannot be reached.
+        """
+        import huggingface_hub
+
+        if not _HUB_NAME.fullmatch(repo_id):
+            raise InputError(f"'{repo_id}' is no name on the Hugging Face Hub; it has the form owner/name")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_with_card(folder, repo_id, run)
+            try:
+                made = huggingface_hub.HfApi().create_repo(repo_id, token=token, private=private, exist_ok=True)
+                huggingface_hub.HfApi().upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message="Encoder, preprocessing, card", token=token
+                )
+            except Exception as error:
+                raise InputError(f"{repo_id} cannot be pushed to the Hugging Face Hub: {_reason(error)}") from error
+        return str(made)
+
+    def save_with_card(self, folder: str | Path, title: str, run: str | Path | None = None) -> None:
+        """`save_pretrained` for others: with a model card, README.md, and without paths of this machine.
+
+        Raises:
+            InputError: if `run` is no run folder.
+            StorageError: if the folder cannot be written.
+        """
+        shared = replace(self, provenance=without_paths(self.provenance))
+        shared.save_pretrained(folder)
+        config = json.loads((Path(folder) / _CONFIG).read_text())
+        write_atomically(Path(folder) / _CARD, model_card(title, config, self.preprocessing, run).encode())
+
+    def _config(self, width: int) -> dict[str, Any]:
+        backbone = str(self.provenance.get("backbone", type(self.module).__name__))
         size = self.image_size
         pretrained = {
             "architecture": timm_name(backbone) or backbone,
@@ -162,7 +237,8 @@ class Encoder:
             "tag": "nnclr",
         }
         # Vision transformers are built for one size; without it the weights would not fit.
-        model_args = {"img_size": size} if hasattr(self.module, "patch_embed") else {}
+        fixed = getattr(self.module, "pretrained_cfg", {}).get("fixed_input_size", False)
+        model_args = {"img_size": size} if fixed else {}
         return {
             "architecture": pretrained["architecture"],
             "model_args": model_args,
@@ -173,35 +249,223 @@ class Encoder:
         }
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
-        """The encoder of a run folder, or of a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", module: nn.Module | None = None
+    ) -> Self:
+        """The encoder of a run folder, of a folder that `save_pretrained` wrote, or of the Hugging Face Hub.
+
+        The features of a synthetic picture are compared with those that were stored with the weights, so that another
+        preprocessing or other weights than those that were saved are noticed.
+
+        Args:
+            path: a folder, `owner/name` or `hf:owner/name` (which is never taken for a folder). From the Hub only
+                config.json and model.safetensors are fetched; code never is. A model that timm wrote loads too.
+            device: where it runs.
+            module: the network itself, for an encoder of a module of your own; a file cannot name code to run.
 
         Raises:
-            InputError: if there is none, or its weights do not fit its architecture.
+            InputError: if there is none, its weights do not fit its architecture, or its features are not those
+                that were saved.
         """
-        folder = Path(path)
+        name = _hub_name(path)
+        folder = Path(path) if name is None else _download(name)
         if (folder / "encoder" / _CONFIG).is_file():
             folder = folder / "encoder"
         if not (folder / _CONFIG).is_file():
             raise InputError(
                 f"{path} holds no encoder: name a run folder with a finished checkpoint, or a folder with "
-                f"{_CONFIG} and {_WEIGHTS}"
+                f"{_CONFIG} and {_WEIGHTS}, or owner/name on the Hugging Face Hub"
+            )
+        if not (folder / _WEIGHTS).is_file():
+            raise InputError(
+                f"{path} holds no {_WEIGHTS}, and weights in other files are not read here; "
+                "checkpoint:FILE?backbone=NAME imports them"
             )
         try:
             config = json.loads((folder / _CONFIG).read_text())
-            ours, pretrained = config["nnclr"], config["pretrained_cfg"]
-            module = create_backbone(ours["backbone"], ours["image_size"])
-            module.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
-            encoder = cls(
-                module.to(device).eval(),
-                ours["image_size"],
-                tuple(pretrained["mean"]),
-                tuple(pretrained["std"]),
-                ours["provenance"],
-                float(pretrained["crop_pct"]),
-                str(path),
+            network, settings = _read(config, folder / _WEIGHTS, module)
+            encoder = cls(network.eval(), name=str(path) if name is None else f"hf:{name}", **settings)
+            stored = _stored_golden(folder / _WEIGHTS)
+            found = None if stored is None else _some(encoder.golden_features())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+                safetensors.SafetensorError) as error:  # fmt: skip
+            raise InputError(f"the encoder in {path} cannot be loaded: {_reason(error)}") from error
+        if stored is not None and found is not None:
+            _compare(found, stored, str(path))
+        elif "nnclr" in config:
+            warnings.warn(
+                f"{path} was saved without a golden vector: that preprocessing and weights belong together "
+                "cannot be verified",
+                stacklevel=2,
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"the encoder in {folder} cannot be loaded: {reason}") from error
+        encoder.module.to(device)
         return encoder
+
+
+def golden_image() -> np.ndarray:
+    """A picture (277, 331, 3) uint8 of integer arithmetic, the same everywhere.
+
+    Its channels have other levels and other patterns, coarse to fine, so that exchanged channels, another mean,
+    size, crop or interpolation change the features.
+    """
+    y, x = np.mgrid[:277, :331]
+    red = 96 + (y * y // 24 + 3 * x) % 160
+    green = (x * x // 31 + 2 * y) % 256
+    blue = (x // 23 + y // 19) % 2 * 56 + x * y // 97 % 56
+    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+
+
+def _some(features: np.ndarray) -> np.ndarray:
+    """Up to 64 of the features, evenly spaced: enough to notice any change, and small."""
+    chosen = np.linspace(0, len(features) - 1, min(len(features), _GOLDEN_NUMBERS)).round().astype(int)
+    some: np.ndarray = features[chosen]
+    return some
+
+
+def _compare(found: np.ndarray, stored: np.ndarray, path: str) -> None:
+    """Raise an InputError unless the features are those that were stored."""
+    if found.shape != stored.shape:
+        raise InputError(f"the encoder in {path} has a golden vector of another width than its features")
+    scale = float(np.abs(stored).max())
+    difference = float(np.abs(found - stored).max()) / max(scale, 1e-12)
+    norms = float(np.linalg.norm(found) * np.linalg.norm(stored))
+    cosine = float(found @ stored) / norms if norms else 1.0
+    if not (difference <= _LARGEST_DIFFERENCE and cosine >= _SMALLEST_COSINE):
+        raise InputError(
+            f"the encoder in {path} does not give the features it was saved with: the preprocessing in {_CONFIG} "
+            f"(size, crop, mean, std) or the weights in {_WEIGHTS} do not match (largest difference "
+            f"{difference:.1%} of the largest feature, cosine {cosine:.6f}); use the two files of one save"
+        )
+
+
+def _with_metadata(content: bytes, key: str, value: str) -> bytes:
+    """A safetensors file with one more entry of metadata.
+
+    The library writes several entries in random order; a file has to depend on what is in it alone.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"][key] = value
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]])
+
+
+def _stored_golden(path: Path) -> np.ndarray | None:
+    """The features in a weights file's metadata; None where there are none."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(_GOLDEN)
+    if text is None:
+        return None
+    stored = np.array(json.loads(text), np.float32)
+    if stored.ndim != 1 or not len(stored):
+        raise ValueError("its golden vector is none")
+    return stored
+
+
+def on_cpu(module: nn.Module) -> nn.Module:
+    """A copy on the CPU that needs no room on the device."""
+    moved: dict[int, Any] = {id(p): nn.Parameter(p.detach().cpu(), p.requires_grad) for p in module.parameters()}
+    moved |= {id(buffer): buffer.detach().cpu() for buffer in module.buffers()}
+    return copy.deepcopy(module, moved).cpu()
+
+
+def _read(config: dict[str, Any], weights: Path, module: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of an encoder folder, and the other arguments of its `Encoder`.
+
+    What the file says is data: a backbone is looked up among the known architectures and never imported.
+    """
+    pretrained = config.get("pretrained_cfg", config)
+    ours = config.get("nnclr") or _ours_of_timm(config, pretrained)
+    backbone, size = ours["backbone"], ours["image_size"]
+    mean, std, crop_pct = tuple(pretrained["mean"]), tuple(pretrained["std"]), pretrained["crop_pct"]
+    numbers = [*mean, *std, crop_pct]
+    if len(mean) != 3 or len(std) != 3 or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise ValueError(f"mean, std and crop_pct in {_CONFIG} must be three, three and one number")
+    if type(size) is not int or not 0 < size <= _LARGEST_SIDE or min(*std, crop_pct) <= 0:
+        raise ValueError(f"image size, std and crop_pct in {_CONFIG} must be above 0, and the size whole")
+    if pretrained["input_size"] != [3, size, size]:
+        raise ValueError(f"{_CONFIG} gives two image sizes, {size} and {pretrained['input_size']}")
+    if "nnclr" in config and (pretrained["interpolation"], pretrained["crop_mode"]) != ("bicubic", "center"):
+        raise ValueError(f"its preprocessing was bicubic with a centre crop, and {_CONFIG} gives another one")
+    if not isinstance(backbone, str):
+        raise ValueError(f"the backbone in {_CONFIG} is no name")
+    if backbone.startswith("module:") and module is None:
+        raise ValueError(f"its backbone is a module of your own, {backbone[7:]}: build it and give it as module=...")
+    state = safetensors.torch.load_file(weights)
+    if "nnclr" not in config:
+        classifiers = pretrained.get("classifier") or []
+        heads = tuple(f"{c}." for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
+        state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    network = create_backbone(backbone, size) if module is None else module
+    network.load_state_dict(state)
+    pool = getattr(network, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
+    if "nnclr" not in config and isinstance(pool, str) and config.get("global_pool", pool) != pool:
+        raise ValueError(f"{_CONFIG} pools by {config['global_pool']} where timm's {backbone[5:]} does by {pool}")
+    settings = {"image_size": size, "mean": mean, "std": std, "crop_pct": float(crop_pct)}
+    return network, settings | {"provenance": ours["provenance"]}
+
+
+def _ours_of_timm(config: dict[str, Any], pretrained: dict[str, Any]) -> dict[str, Any]:
+    """What we need to know of a model that timm or transformers saved."""
+    import timm
+
+    arguments = dict(config.get("model_args") or {})
+    if not timm.is_model(str(config["architecture"])):
+        raise ValueError(f"timm has no architecture '{config['architecture']}'")
+    # These change nothing: the size is read elsewhere, the classifier is taken off, the others are written always.
+    stock = {"in_chans": 3, "global_pool": config.get("global_pool")}
+    set_otherwise = [
+        name
+        for name, value in arguments.items()
+        if name not in ("img_size", "num_classes") and (name not in stock or value != stock[name])
+    ]
+    if set_otherwise:
+        raise ValueError(
+            f"{_CONFIG} sets {', '.join(set_otherwise)} for timm's model; open it by timm:local-dir:FOLDER or "
+            "timm:hf-hub:OWNER/NAME"
+        )
+    if pretrained.get("interpolation", "bicubic") != "bicubic" or pretrained.get("crop_mode", "center") != "center":
+        warnings.warn(
+            f"the model was trained with {pretrained.get('interpolation')} resizing and crop mode "
+            f"{pretrained.get('crop_mode')}; here images are resized bicubically and the centre is cut out",
+            stacklevel=4,
+        )
+    backbone = f"timm/{config['architecture']}"
+    return {"backbone": backbone, "image_size": pretrained["input_size"][-1], "provenance": {"backbone": backbone}}
+
+
+def _hub_name(path: str | Path) -> str | None:
+    """`owner/name` if the Hub is meant. A folder, or a mistyped name inside a folder that is there, never is."""
+    text = str(path)
+    if text.startswith("hf:"):
+        if not _HUB_NAME.fullmatch(text[3:]):
+            raise InputError(f"'{text}' is no name on the Hugging Face Hub; it has the form hf:owner/name")
+        return text[3:]
+    is_name = isinstance(path, str) and _HUB_NAME.fullmatch(path) is not None
+    return text if is_name and not Path(text).exists() and not Path(text).parent.exists() else None
+
+
+def _download(name: str) -> Path:
+    """Config and weights of a model on the Hub, of one commit, in the Hub's own cache; nothing else is fetched."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS]))
+    except errors.RepositoryNotFoundError as error:
+        reason = "there is no such model, or it is private (log in by `hf auth login`)"
+        raise InputError(f"{name} is neither a folder here nor a model on the Hugging Face Hub: {reason}") from error
+    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
+        raise InputError(
+            f"{name} is neither a folder here nor in the cache, and the Hugging Face Hub cannot be reached"
+        ) from error
+    except Exception as error:
+        raise InputError(f"{name} cannot be had from the Hugging Face Hub: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    # load_state_dict's second line tells which weight does not fit
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:200] or type(error).__name__

@@ -98,7 +98,7 @@ class Embed:
     """Write the embeddings of images to a file; the same command goes on after an interruption."""
 
     encoder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_OR_ENCODER")]]
-    """Run or encoder folder, Hub name, timm:NAME, torchvision:NAME, checkpoint:FILE?backbone=NAME, or pixels."""
+    """Run or encoder folder, hf:OWNER/NAME, timm:NAME, torchvision:NAME, checkpoint:FILE?backbone=NAME, or pixels."""
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """Images; no labels needed."""
     out: str
@@ -168,7 +168,7 @@ class Export:
     """Write an encoder as other libraries load it, load it there, and say how far the features differ."""
 
     encoder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_OR_ENCODER")]]
-    """Run or encoder folder, Hub name, timm:NAME, torchvision:NAME, or checkpoint:FILE?backbone=NAME."""
+    """Run or encoder folder, hf:OWNER/NAME, timm:NAME, torchvision:NAME, or checkpoint:FILE?backbone=NAME."""
     format: Literal["torchvision", "timm", "huggingface", "onnx"]
     """Who shall load it."""
     out: str

@@ -1,20 +1,22 @@
 """Encoders by name: our runs, other libraries' models, and the baselines that an encoder has to beat."""
 
 import difflib
+import sys
 from pathlib import Path
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from nnclr.data.source import parse_query
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
+from nnclr.importers import import_checkpoint, read_checkpoint
 from nnclr.models.backbone import create_backbone, without_classifier
 
-ACCEPTED = "a run or encoder folder, timm:NAME, torchvision:NAME[?weights=FILE], random:BACKBONE[?size=224], or pixels"
+ACCEPTED = (
+    "a run or encoder folder, hf:OWNER/NAME, timm:NAME, torchvision:NAME[?weights=FILE], "
+    "checkpoint:FILE?backbone=NAME[&size=224&partial=1], random:BACKBONE[?size=224], or pixels"
+)
 
 
 class RawPixels(nn.Module):
@@ -30,10 +32,11 @@ def open_encoder(spec: Encoder | str | Path, device: str | torch.device = "cpu")
     """The encoder that a text names.
 
     Args:
-        spec: an `Encoder` (returned as it is); a run or encoder folder; `timm:NAME`, timm's pretrained weights with
-            their own preprocessing, also `timm:local-dir:FOLDER`; `torchvision:NAME`, torchvision's best weights, or
-            those of a state-dict file by `?weights=FILE`; `random:BACKBONE[?size=224&seed=0]`, an untrained
-            network; `pixels[?size=32]`, raw pixels.
+        spec: an `Encoder` (returned as it is); a run or encoder folder; `hf:OWNER/NAME`, an encoder on the Hugging
+            Face Hub; `timm:NAME`, timm's pretrained weights with their own preprocessing, also
+            `timm:local-dir:FOLDER`; `torchvision:NAME`, torchvision's best weights, or those of a state-dict file by
+            `?weights=FILE`; `checkpoint:FILE?backbone=NAME[&size=224&partial=1]`, another library's checkpoint;
+            `random:BACKBONE[?size=224&seed=0]`, an untrained network; `pixels[?size=32]`, raw pixels.
         device: where it runs.
 
     Raises:
@@ -51,6 +54,11 @@ def open_encoder(spec: Encoder | str | Path, device: str | torch.device = "cpu")
     elif library == "random" and name:
         options = _numbers(query, {"size", "seed"})
         encoder = random_encoder(name, options.get("size", 224), options.get("seed", 0))
+    elif library == "checkpoint" and name:
+        encoder = _checkpoint(name, query)
+    elif library == "hf" and name:
+        parse_query(query, set())
+        return Encoder.from_pretrained(text, device)
     elif text == "pixels" and not Path("pixels").exists():
         encoder = pixel_encoder(_numbers(query, {"size"}).get("size", 32))
     elif not Path(text).exists():
@@ -118,7 +126,7 @@ def _torchvision(name: str, weights: str | None = None) -> Encoder:
             encoder = Encoder(module, size, tuple(transform.mean), tuple(transform.std), provenance, size / short)
         else:
             module = models.get_model(name, weights=None)
-            missing, unexpected = module.load_state_dict(_state_dict(Path(weights)), strict=False)
+            missing, unexpected = module.load_state_dict(read_checkpoint(Path(weights)), strict=False)
             wrong = [key for key in missing if not key.startswith(("fc.", "classifier.", "head"))] + unexpected
             if wrong:
                 raise InputError(f"{weights} does not fit torchvision's {name}: {wrong[0]} is missing or unknown")
@@ -131,16 +139,25 @@ def _torchvision(name: str, weights: str | None = None) -> Encoder:
     return encoder
 
 
+def _checkpoint(path: str, query: str) -> Encoder:
+    given = parse_query(query, {"backbone", "size", "partial"})
+    backbone = given.pop("backbone", None)
+    if not backbone:
+        raise InputError(f"checkpoint:{path} needs its architecture: checkpoint:{path}?backbone=NAME")
+    options = _numbers("&".join(f"{name}={value}" for name, value in given.items()), {"size", "partial"})
+    # Standard output may be for a record; what was recognised and left out is for people.
+    return import_checkpoint(
+        path,
+        backbone,
+        options.get("size", 224),
+        bool(options.get("partial", 0)),
+        lambda line: print(line, file=sys.stderr),
+    )
+
+
 def _unknown(library: str, name: str, near: list[str]) -> str:
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     return f"{library} has no model '{name}'{hint}"
-
-
-def _state_dict(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded
 
 
 def _numbers(query: str, known: set[str]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from scipy import stats
@@ -319,6 +320,23 @@ def test_evaluation_view_is_resize_and_centre_crop(height, width, size):
 def test_small_images_of_the_right_size_are_left_alone():
     image = photos(1, 32, 32)[0]
     assert (A.eval_image(image.permute(1, 2, 0).numpy(), 32) == image.numpy()).all()
+
+
+@pytest.mark.parametrize(("size", "crop_pct"), [(96, 0.875), (224, 0.875), (224, 0.9), (200, 0.95)])
+def test_evaluation_view_is_that_of_timm(size, crop_pct):
+    """Also where size / crop_pct is no whole number: 96 / 0.875 = 109.7 becomes 109 pixels, not 110."""
+    image = photos(1, 300, 400)[0].permute(1, 2, 0).numpy()
+    transform = timm.data.create_transform(
+        (3, size, size), interpolation="bicubic", crop_pct=crop_pct, crop_mode="center"
+    )
+    transform.transforms = [t for t in transform.transforms if "Normalize" not in type(t).__name__]
+    theirs = (transform(Image.fromarray(image)) * 255).round().numpy()
+    ours = A.eval_image(image, size, crop_pct).astype(float)
+    assert np.abs(ours - theirs).mean() < 1.0
+    short = round(size / crop_pct)
+    if short != int(size / crop_pct):  # control: rounding to the nearest shows
+        other = A.eval_image(image, size, size / short - 1e-7).astype(float)
+        assert np.abs(other - theirs).mean() > 2 * np.abs(ours - theirs).mean()
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (20_000, 1), (1, 20_000)])

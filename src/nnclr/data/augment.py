@@ -4,6 +4,7 @@ Parameters are drawn on the CPU from (seed, epoch, image id, view), and so do no
 is in; pixels are worked on where the images are. Operations follow torchvision's float semantics.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
@@ -383,7 +384,7 @@ def eval_image(image: np.ndarray, size: int, crop_pct: float | None = None) -> n
     else:
         # The window of the resized image that the centre crop keeps, in pixels of the original: an image of
         # 20000 x 1 is never enlarged as a whole.
-        short = round(size / crop_pct)
+        short = math.floor(size / crop_pct + 1e-6)  # as timm and transformers do; 1e-6 for 224 / 0.875
         rows, columns = (max(short, short * side // min(height, width)) for side in (height, width))
         top, left = round((rows - size) / 2), round((columns - size) / 2)
         y, x = height / rows, width / columns

@@ -97,7 +97,8 @@ def least_maximum(kth: Tensor, z: Tensor) -> Tensor:
     """
     rounded = z.to(torch.bfloat16).float()
     error = (z - rounded).norm(dim=1) + ROUNDING * rounded.norm(dim=1)
-    return kth - 2 * error - 2 * ROUNDING * (kth.abs() + 2 * error) - _SLACK
+    least: Tensor = kth - 2 * error - 2 * ROUNDING * (kth.abs() + 2 * error) - _SLACK
+    return least
 
 
 def best_of_groups(z: Tensor, vectors: Tensor, filled: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
