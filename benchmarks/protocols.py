@@ -23,6 +23,7 @@ from nnclr.pretrained import open_encoder, pixel_encoder, random_encoder
 
 RESULTS = Path("docs/results/protocols")
 TRAINED = ("nnclr", "simclr", "supervised")
+WHO = (*TRAINED, "untrained", "pixels")
 SETS = {"demo": ("demo-photos", 32), "fashion-mnist": ("torchvision:fashion-mnist", 28), "emoji": (None, 32)}
 EPOCHS = {"emoji": 20.0}  # of the 60 of the preset
 PROTOCOLS = {  # title -> protocol and its parameters
@@ -43,6 +44,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SETS)
     parser.add_argument("--data", help="emoji: path of emoji64.parquet")
+    parser.add_argument("--who", nargs="+", default=WHO, help="some of the encoders only")
     options = parser.parse_args()
     data, size = SETS[options.name]
     if options.name == "emoji":
@@ -55,7 +57,7 @@ def main():
     file = RESULTS / f"{options.name}.jsonl"
     RESULTS.mkdir(parents=True, exist_ok=True)
     known = {(line["who"], line["title"]) for line in read(file)}
-    for who in (*TRAINED, "untrained", "pixels"):
+    for who in options.who:
         encoder = opened(who, options.name, data, size)
         for title, (protocol, parameters) in PROTOCOLS.items():
             parameters = dict(parameters)
@@ -112,7 +114,7 @@ def render():
         lines = read(RESULTS / f"{name}.jsonl")
         if not lines:
             continue
-        whos = list(dict.fromkeys(line["who"] for line in lines))
+        whos = [who for who in WHO if any(line["who"] == who for line in lines)]
         cells = {(line["title"], line["who"]): cell(line) for line in lines}
         text += [f"\n## {name}\n", f"| | {' | '.join(whos)} |", "|---" * (len(whos) + 1) + "|"]
         text += [f"| {t} | {' | '.join(cells.get((t, who), '') for who in whos)} |" for t in PROTOCOLS]
