@@ -24,7 +24,7 @@ data out preset test_data objective backbone image_size epochs extend_epochs bat
 flip jitter brightness contrast saturation hue grayscale blur solarize small_views small_view_size
 small_crop_min_scale small_crop_max_scale crop_max_ratio blur_max_sigma solarize_threshold
 optimizer learning_rate momentum weight_decay warmup_epochs clip_grad_norm precision device num_workers seed
-checkpoint_every_steps log_every_steps evaluate_every_epochs knn_k knn_temperature
+checkpoint_every_steps log_every_steps evaluate_every_epochs knn_k knn_temperature log_to
 """.split()
 OWN = """
 temperature support_set_size embedding_dim projector_hidden_dim predictor_hidden_dim neighbour neighbour_k

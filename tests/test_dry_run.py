@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nnclr import cli, dry_run, training
+from nnclr import cli, dry_run, neighbour_sheet, training
 from nnclr.checkpoint import TrainState
 from nnclr.models.ema import average_of
 from nnclr.objectives import BYOL, NNCLR, SimCLR
@@ -133,7 +133,7 @@ def test_the_two_steps_neither_evaluate_nor_draw(photos, monkeypatch):
     def refuse(*_):
         raise AssertionError("this takes time that is none of the step's")
 
-    monkeypatch.setattr(training.report, "draw_neighbours", refuse)
+    monkeypatch.setattr(neighbour_sheet, "draw_neighbours", refuse)
     monkeypatch.setattr(training.OnlineKNN, "measure", refuse)
     assert cli.main(["pretrain", photos, "--batch-size", "32", *FLAGS]) == 0
     with pytest.raises(AssertionError, match="none of the step's"):  # an ordinary run does

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnclr.checkpoint import write_atomically
 from nnclr.errors import InputError
-from nnclr.report import draw_comparison
+from nnclr.plots import draw_comparison
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from nnclr.objectives import OBJECTIVES, Objective, find_objective
 # often, but no bit of the weights. The images themselves are compared by fingerprint instead of by name.
 RESUME_MAY_CHANGE = frozenset(
     "data out preset test_data device num_workers checkpoint_every_steps log_every_steps "
-    "evaluate_every_epochs knn_k knn_temperature extend_epochs".split()
+    "evaluate_every_epochs knn_k knn_temperature log_to extend_epochs".split()
 )
 
 
@@ -150,6 +150,8 @@ class Config:
     """Neighbours that vote in the online kNN."""
     knn_temperature: float = 0.07
     """Temperature of the votes in the online kNN."""
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Tools that get every line of metrics.jsonl and evaluations.jsonl as well, several with spaces between them."""
 
     def check(self) -> Self:
         """Return the config itself.
@@ -159,10 +161,11 @@ class Config:
         """
         hints = get_type_hints(Config)
         for field in dataclasses.fields(self):
-            choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
+            choices = _choices(hints[field.name])
             value = getattr(self, field.name)
-            if choices and value not in choices:
-                raise InputError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
+            for chosen in value if isinstance(value, tuple) else (value,):
+                if choices and chosen not in choices:
+                    raise InputError(f"{field.name}={chosen!r} is not one of {', '.join(choices)}")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             low, strict = _LOWEST.get(field.name, (0, False))
@@ -224,6 +227,12 @@ _HIGHEST = {
 }
 
 
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a field that takes one, or several, of a few; else nothing."""
+    inner = get_args(hint)[0] if get_origin(hint) is tuple else hint
+    return get_args(inner) if get_origin(inner) is Literal else ()
+
+
 def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Check names and types; whole numbers are accepted where a float is meant.
 
@@ -237,9 +246,13 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{where}: no setting is called '{name}'{hint}")
-        allowed = {str} if get_origin(hints[name]) is Literal else set(get_args(hints[name]) or (hints[name],))
+        kind = get_origin(hints[name])
+        allowed = {str if kind is Literal else tuple} if _choices(hints[name]) else set(get_args(hints[name]))
+        allowed = allowed or {hints[name]}
         if float in allowed and type(value) is int:
             value = float(value)
+        if tuple in allowed and type(value) is list:
+            value = tuple(value)
         if type(value) not in allowed:
             expected = next(kind for kind in allowed if kind in _NAMES)
             raise InputError(f"{where}: {name}={value!r} must be {_NAMES[expected]}")
@@ -247,7 +260,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     return typed
 
 
-_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false", tuple: "a list"}
 
 
 def make_config(data: str, out: str, preset: str | None = None, **fields: Any) -> Config:
@@ -346,7 +359,9 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: str | bool | int | float) -> str:
+def _toml(value: str | bool | int | float | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

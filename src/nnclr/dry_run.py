@@ -82,6 +82,7 @@ def two_steps(config: Any, source: Source, test: Source | None, train: Callable[
     """Losses of two steps, and images a second of the second one (the first also starts things up)."""
     with tempfile.TemporaryDirectory() as folder:
         short = {
+            "log_to": (),
             "out": str(Path(folder) / "run"),
             "epochs": 2 / (len(source) // config.batch_size),
             "extend_epochs": 0.0,

@@ -1,296 +1,430 @@
-"""Pictures of a run: what the look-up returned, the curves, and one page with all of it."""
+"""One page about a run: what it says in words, its neighbours over time, curves, map, results and settings.
+
+The page is a single file. It loads nothing and runs nothing, and every text that comes from the run is escaped. A
+run that is unfinished or damaged gets a page that says what is missing.
+"""
 
 import base64
-import html
 import io
 import json
+import shlex
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from nnclr import counter
 from nnclr.checkpoint import write_atomically
-from nnclr.data.augment import eval_image
-from nnclr.data.decode import BadImage
-from nnclr.data.images import Source
-from nnclr.encoder import Encoder
-from nnclr.objectives import NNCLR
-
-QUERIES, NEIGHBOURS = 8, 6
-_TILE, _GAP, _HEAD = 72, 6, 22
-_SAME, _OTHER, _SELF = (46, 139, 87), (200, 80, 60), (150, 150, 150)
-
-
-def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Source, bad: dict[int, str]) -> None:
-    """A sheet of fixed queries and what `SupportSet.nearest` returns for them, nearest first.
-
-    With labels a neighbour's frame is green where its label is the query's and red where it is not; grey
-    marks an older embedding of the query itself. The figure below each is the cosine similarity.
-
-    Args:
-        path: the PNG to write.
-        encoder: the backbone that the look-up uses: the averaged one, where there is one.
-        objective: for its projector, likewise, and its support set.
-        source: the images that were trained on.
-        bad: ids of images that cannot be read; they are not asked for.
-    """
-    order = counter.permutation(0, 0, len(source)).tolist()
-    queries = [i for i in order if i not in bad][:QUERIES]
-    features = torch.from_numpy(encoder.embed(source.subset(np.array(queries)), num_workers=0)).to(encoder.device)
-    projector, support_set = objective.average_projector or objective.projector, objective.support_set
-    was_training = projector.training
-    projector.eval()
-    with torch.no_grad():
-        found = support_set.nearest(projector(features), k=min(NEIGHBOURS, support_set.size))
-    projector.train(was_training)
-    rows = [
-        (query, [(i, s) for i, s in zip(ids, similarities, strict=True) if s > -np.inf])
-        for query, ids, similarities in zip(queries, found.ids.tolist(), found.similarities.tolist(), strict=True)
-    ]
-    sheet = _sheet(source, rows)
-    path.parent.mkdir(exist_ok=True)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
-
-
-def _sheet(source: Source, rows: list[tuple[int, list[tuple[int, float]]]]) -> Image.Image:
-    width = (1 + NEIGHBOURS) * (_TILE + _GAP) + 3 * _GAP
-    sheet = Image.new("RGB", (width, _HEAD + len(rows) * (_TILE + 14 + _GAP) + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, 5), "query", fill="black")
-    draw.text((_TILE + 4 * _GAP, 5), "nearest in the support set", fill="black")
-    for row, (query, neighbours) in enumerate(rows):
-        y = _HEAD + row * (_TILE + 14 + _GAP)
-        sheet.paste(_thumbnail(source, query), (_GAP, y))
-        for column, (i, similarity) in enumerate(neighbours):
-            x = (column + 1) * (_TILE + _GAP) + 3 * _GAP
-            sheet.paste(_thumbnail(source, i), (x, y))
-            if i == query:
-                colour: tuple[int, int, int] | None = _SELF
-            elif source.labels is None:
-                colour = None
-            else:
-                colour = _SAME if source.labels[i] == source.labels[query] else _OTHER
-            if colour is not None:
-                draw.rectangle((x - 2, y - 2, x + _TILE + 1, y + _TILE + 1), outline=colour, width=3)
-            draw.text((x + _TILE // 2 - 10, y + _TILE + 2), f"{similarity:.2f}", fill="black")
-    return sheet
-
-
-def _thumbnail(source: Source, i: int) -> Image.Image:
-    try:
-        image = Image.fromarray(eval_image(source.read(i), _TILE).transpose(1, 2, 0))
-    except BadImage:
-        image = Image.new("RGB", (_TILE, _TILE), "black")
-    return image
-
-
-def draw_curves(run: Path) -> Path | None:
-    """Draw metrics.jsonl and evaluations.jsonl into `curves.png`.
-
-    Returns:
-        The picture, or None where matplotlib (`pip install 'nnclr[plot]'`) is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    metrics, evaluations = _lines(run / "metrics.jsonl"), _lines(run / "evaluations.jsonl")
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    panels = figure.subplots(2, 3).flatten()
-    _plot(panels[0], "loss", metrics, {"loss": "loss", "loss_chance": "chance level, log of the candidates"})
-    _plot(
-        panels[1],
-        "share of neighbours",
-        metrics,
-        {"neighbour_purity": "with the query's label", "own_id_share": "of the image itself"},
-    )
-    _plot(panels[2], "neighbour similarity", metrics, {"neighbour_similarity": "cosine"})
-    _plot(panels[3], "embedding health", metrics, {"embedding_std": "std (1 = healthy, 0 = collapsed)"})
-    _plot(panels[4], "effective rank", metrics, {"rank_me": "RankMe of a batch"})
-    knn = [line for line in evaluations if line["protocol"] == "knn"]
-    panels[5].plot([line["step"] for line in knn], [line["value"] for line in knn], marker="o")
-    panels[5].set_title("kNN accuracy" if knn else "kNN accuracy (needs labels)")
-    for panel in panels:
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-    path = run / "curves.png"
-    _save(figure, path)
-    return path
-
-
-def draw_sweep(path: Path, title: str, labels: list[str], rows: list[dict[str, Any]]) -> None:
-    """Draw each combination's values, mean and interval; nothing where matplotlib is not installed.
-
-    Args:
-        path: PNG to write.
-        title: of the axis of combinations.
-        labels: one a combination.
-        rows: `values`, `mean` and `interval` (None for one seed) of each, as shares.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(max(4.0, 1.1 * len(rows) + 2), 4), layout="constrained")
-    panel = figure.subplots()
-    spread = [100 * (row["interval"] or 0.0) for row in rows]
-    panel.errorbar(range(len(rows)), [100 * row["mean"] for row in rows], yerr=spread, fmt="o", capsize=4)
-    for position, row in enumerate(rows):
-        panel.plot([position] * len(row["values"]), [100 * v for v in row["values"]], ".", color="grey", alpha=0.6)
-    panel.set_xticks(range(len(rows)), labels, rotation=30 if len(rows) > 5 else 0)
-    panel.set_xlabel(title)
-    panel.set_ylabel("kNN accuracy in %, 95 % interval")
-    panel.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def draw_comparison(
-    path: Path,
-    encoders: list[str],
-    columns: list[str],
-    figures: dict[tuple[str, str], tuple[float, tuple[float, float] | None]],
-) -> None:
-    """Draw what several encoders reach, a group a column; nothing where matplotlib is not installed.
-
-    Args:
-        path: PNG to write.
-        encoders: names of the rows.
-        columns: names of what was measured.
-        figures: (encoder, column) -> value and 95 % interval, as shares.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(9, 1.2 + 0.45 * len(columns) + 0.2 * len(columns) * len(encoders)), layout="constrained")
-    panel = figure.subplots()
-    step = 0.8 / max(len(encoders), 1)
-    for number, encoder in enumerate(encoders):
-        places = [(row, figures[encoder, column]) for row, column in enumerate(columns) if (encoder, column) in figures]
-        y = [row + (number - (len(encoders) - 1) / 2) * step for row, _ in places]
-        x = [100 * value for _, (value, _) in places]
-        spread = [
-            [100 * abs(value - (value if interval is None else interval[side])) for _, (value, interval) in places]
-            for side in (0, 1)
-        ]
-        panel.errorbar(x, y, xerr=spread, fmt="o", capsize=3, label=encoder)
-    panel.set_yticks(range(len(columns)), columns, fontsize=8)
-    panel.invert_yaxis()
-    panel.set_xlabel("%, with 95 % intervals")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    _save(figure, path)
-
-
-def draw_label_curve(path: Path, curve: list[dict[str, Any]]) -> None:
-    """Draw accuracy against labels a class; nothing where matplotlib is not installed.
-
-    Args:
-        path: PNG to write.
-        curve: points of `label_curve`: `labels_per_class`, and `mean` and `values` of each way to use them.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    panel = figure.subplots()
-    titles = {"encoder": "encoder, frozen", "supervised": "supervised from scratch", "pixels": "raw pixels"}
-    budgets = [point["labels_per_class"] for point in curve]
-    for name, title in titles.items():
-        if name in curve[0]:
-            (line,) = panel.plot(budgets, [100 * point[name]["mean"] for point in curve], marker="o", label=title)
-            low, high = ([100 * of(point[name]["values"]) for point in curve] for of in (min, max))
-            panel.fill_between(budgets, low, high, color=line.get_color(), alpha=0.15)
-    panel.set_xscale("log")
-    panel.set_xticks(budgets, [str(budget) for budget in budgets])
-    panel.set_xlabel("labels a class")
-    panel.set_ylabel("test accuracy in %, mean and range over draws")
-    panel.grid(alpha=0.3)
-    panel.legend()
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomically(path, buffer.getvalue())
-
-
-def _plot(panel: Any, title: str, metrics: list[dict[str, Any]], names: dict[str, str]) -> None:
-    for name, label in names.items():
-        points = [(line["step"], line[name]) for line in metrics if name in line]
-        if points:
-            panel.plot(*zip(*points, strict=True), label=label)
-    panel.set_title(title)
-    if panel.lines:
-        panel.legend(fontsize=8)
-
+from nnclr.errors import InputError
+from nnclr.findings import Finding, Record, escaped, findings, judge, percent, read_record, same_measure, seconds
+from nnclr.neighbour_sheet import SheetRow, read_sheet
+from nnclr.plots import Line, line_drawing
+from nnclr.progress import duration
 
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en">
+<head>
+<meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{title} · nnclr</title>
 <style>
-:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
-img {{ max-width: 100%; background: white; }}
-table {{ border-collapse: collapse; }} td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; }}
-pre {{ overflow-x: auto; }}
-</style>
-<h1>{title}</h1>
-{body}
+{style}</style>
+</head>
+<body>
+<header>
+{head}
+</header>
+<main>
+{main}
+</main>
+<footer>{foot}</footer>
+</body>
 </html>
 """
+_SHEETS = 4  # of neighbours that are shown of each query
+_ROWS = 500  # of a table of all evaluations
+_MARKS = {"good": "✓", "bad": "!", "plain": "·", "missing": "–"}
+_RECORDED = "nnclr commit command python torch numpy platform device threads data".split()  # of environment.json
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html`, one file that needs nothing else: results, curves, neighbours, settings, environment.
+def write_report(run: Path, out: Path | None = None, *, with_map: bool = True) -> Path:
+    """Write one self-contained HTML file about a run, finished or not.
 
-    Text from the run is escaped, and the page may load nothing and run nothing.
+    Args:
+        run: the run folder.
+        out: the file; default `report.html` in the run folder.
+        with_map: embed up to 2,000 images for a map; without it the report takes about a second.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: if the folder holds no run, or the file's folder does not exist.
+        StorageError: if the file cannot be written.
     """
-    metrics, evaluations = _lines(run / "metrics.jsonl"), _lines(run / "evaluations.jsonl")
-    sheets = sorted((run / "neighbours").glob("step-*.png"))
-    parts = []
-    if evaluations:
-        header = "<tr><th>step<th>protocol<th>value<th>95 % interval<th>learned from<th>scored</tr>"
-        rows = "".join(_evaluation_row(line) for line in evaluations)
-        parts.append(f"<h2>Evaluations</h2><table>{header}{rows}</table>")
-    if (run / "curves.png").exists():
-        parts.append(f"<h2>Curves</h2>{_picture(run / 'curves.png')}")
-    for sheet in dict.fromkeys([*sheets[:1], *sheets[-1:]]):
-        parts.append(f"<h2>What the look-up returned after {int(sheet.stem[5:])} steps</h2>{_picture(sheet)}")
-    if metrics:
-        rows = "".join(f"<tr><td>{html.escape(k)}<td>{v:.5g}</tr>" for k, v in metrics[-1].items())
-        parts.append(f"<h2>Last metrics</h2><table>{rows}</table>")
-    for name in ("config.toml", "environment.json"):
-        parts.append(f"<h2>{name}</h2><pre>{html.escape((run / name).read_text())}</pre>")
-    path = run / "report.html"
-    page = _PAGE.format(title=html.escape(f"nnclr: {run.name}"), body="\n".join(parts))
+    run = Path(run)
+    record = read_record(run)
+    path = run / "report.html" if out is None else Path(out)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--out {path} must be a file in a folder that exists")
+    sections = {
+        "Summary": _summary(record),
+        "Neighbours over time": _neighbours(record),
+        "Curves": _curves(record),
+        "Map": _map(record, with_map),
+        "Evaluations": _evaluations(record),
+        "Use the encoder": _use(record),
+        "Settings": _settings(record),
+    }
+    anchors = {title: title.split()[0].lower() for title in sections}
+    nav = "".join(f'<a href="#{anchors[title]}">{title}</a>' for title in sections)
+    paged = ("Neighbours over time", "Map", "Evaluations")
+    main = "\n".join(
+        f'<section{" class=paged" if title in paged else ""}><h2 id="{anchors[title]}">{title}</h2>\n{body}</section>'
+        for title, body in sections.items()
+    )
+    page = _PAGE.format(
+        title=escaped(run.resolve().name),
+        style=(resources.files("nnclr") / "report.css").read_text(),
+        head=f'{_head(record)}\n<nav aria-label="Sections">{nav}</nav>',
+        main=main,
+        foot=f"Written by nnclr {escaped(record.environment.get('nnclr', ''))} from {escaped(run)}. "
+        "This file needs no network and runs no script.",
+    )
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 
-def _evaluation_row(line: dict[str, Any]) -> str:
-    interval = line["interval"]
-    cells = [
-        str(line["step"]),
-        f"{line['protocol']} {json.dumps(line['parameters'])}",
-        f"{100 * line['value']:.1f} % {line['metric']}",
-        "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
-        f"{line['data']} ({line['n_train']})",
-        f"{line['test']} ({line['n_test']})",
+# ---- head and summary --------------------------------------------------------------------------------------
+
+
+def _head(record: Record) -> str:
+    verdict, config = judge(record), record.config
+    data = record.environment.get("data")
+    name = data.get("name") if isinstance(data, dict) else config.get("data")
+    kicker = " · ".join(escaped(part) for part in (config.get("objective"), config.get("backbone"), name) if part)
+    tiles = "".join(
+        f"<li><span>{label}</span><b>{value}</b><span>{note}</span></li>" for label, value, note in _tiles(record)
+    )
+    return (
+        f'<p class="kicker">{kicker}</p>\n<h1>{escaped(record.path.resolve().name)}</h1>\n'
+        f'<p class="verdict {verdict.tone}"><strong>{verdict.topic}</strong> <span>{verdict.text}</span></p>\n'
+        + (f'<ul class="tiles">{tiles}</ul>' if tiles else "")
+    )
+
+
+def _tiles(record: Record) -> list[tuple[str, str, str]]:
+    """Label, figure and note of what matters most."""
+    tiles = []
+    for name, label, show in (
+        ("loss", "Loss", "{:.3f}"),
+        ("knn", "kNN accuracy", "{:.1%}"),
+        ("neighbour_purity", "Neighbour purity", "{:.1%}"),
+        ("rank_me", "Effective rank", "{:.1f}"),
+        ("neighbour_age", "Neighbour age", "{:.1f} steps"),
+    ):
+        points = [(e["step"], e["value"]) for e in record.knn] if name == "knn" else record.series(name)
+        if points:
+            chance = record.series("loss_chance")
+            note = (
+                f"chance {chance[-1][1]:.3f}" if name == "loss" and chance else f"{show.format(points[0][1])} at first"
+            )
+            tiles.append((label, show.format(points[-1][1]), note))
+    if record.metrics:
+        total = "" if record.total is None else f"of {record.total:,}"
+        took = f", {duration(seconds(record))}" if seconds(record) else ""
+        tiles.append(("Steps", f"{record.step:,}", f"{total}{took}".strip(", ")))
+    return [tuple(part.replace("%", " %") for part in tile) for tile in tiles]  # type: ignore[misc]
+
+
+def _summary(record: Record) -> str:
+    rows = "".join(_finding(finding) for finding in findings(record))
+    return (
+        '<table class="findings"><caption>What the figures say; every sentence is computed from the files of the run.'
+        f"</caption><tbody>{rows}</tbody></table>"
+    )
+
+
+def _finding(finding: Finding) -> str:
+    return (
+        f'<tr class="{finding.tone}"><td class="mark" aria-hidden="true">{_MARKS[finding.tone]}</td>'
+        f'<th scope="row">{escaped(finding.topic)}</th><td>{escaped(finding.text)}</td></tr>'
+    )
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def _neighbours(record: Record) -> str:
+    sheets, damaged = _sheets(record)
+    note = "".join(f"<p class=note>{escaped(name)} is no readable sheet and is left out.</p>" for name in damaged)
+    if not sheets:
+        why = "the objective looks up no neighbours" if not record.series("neighbour_similarity") else "there are none"
+        return f"<p>No pictures of neighbours: {why}.</p>{note}"
+    labelled = any(row.frames["same"] + row.frames["other"] for _, rows in sheets for row in rows)
+    legend = (
+        '<ul class="legend"><li><i class="frame" style="--swatch: #2e8b57"></i>has the query’s label</li>'
+        '<li><i class="frame" style="--swatch: #c8503c"></i>has another label</li>'
+        '<li><i class="frame" style="--swatch: #969696"></i>an older embedding of the query itself</li></ul>'
+        if labelled
+        else "<p class=note>A grey frame marks an older embedding of the query itself; there are no labels.</p>"
+    )
+    counts = [
+        f"{sum(row.frames['same'] for row in rows)} of {sum(row.frames.total() for row in rows)} at step {step:,}"
+        for step, rows in sheets
     ]
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>"
+    shown = f" Of those shown, {', '.join(counts)} have the query’s label." if labelled else ""
+    figures = "".join(_query(number, sheets) for number in range(min(len(rows) for _, rows in sheets)))
+    return (
+        "<p>The same queries at several steps, and what the support set returned as their nearest entries, nearest "
+        f"first; the figure below each is the cosine similarity.{shown} Labels only draw the frames.</p>"
+        f'{legend}{note}<div class="neighbours">{figures}</div>'
+    )
 
 
-def _picture(path: Path) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+def _sheets(record: Record) -> tuple[list[tuple[int, list[SheetRow]]], list[str]]:
+    """The first sheet, some between and the last, with their steps; and the names of those that cannot be read."""
+    found = sorted(path for path in (record.path / "neighbours").glob("step-*.png") if path.stem[5:].isdecimal())
+    if len(found) > _SHEETS:
+        found = [found[round(i * (len(found) - 1) / (_SHEETS - 1))] for i in range(_SHEETS)]
+    sheets, damaged = [], []
+    for path in found:
+        try:
+            sheets.append((int(path.stem[5:]), read_sheet(path)))
+        except (OSError, ValueError, SyntaxError):  # Pillow calls a broken PNG a syntax error
+            damaged.append(path.name)
+    return sheets, damaged
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _query(number: int, sheets: list[tuple[int, list[SheetRow]]]) -> str:
+    words = {"same": "with its label", "other": "with another", "self": "the query itself"}
+    strips = []
+    for step, rows in sheets:
+        frames = rows[number].frames
+        said = ", ".join(f"{frames[kind]} {word}" for kind, word in words.items() if frames[kind]) or "no labels"
+        picture = _picture(rows[number].neighbours, f"Nearest entries of query {number + 1} at step {step}: {said}")
+        strips.append(f'<p class="step">step {step:,}</p>{picture}')
+    query = _picture(sheets[-1][1][number].query, f"Query {number + 1}")
+    return f'<figure><div class="query">{query}query {number + 1}</div><div>{"".join(strips)}</div></figure>'
+
+
+def _picture(image: Image.Image, alt: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=82)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{alt}" width="{image.width}" height="{image.height}" src="data:image/webp;base64,{content}">'
+
+
+def _curves(record: Record) -> str:
+    if not record.metrics and not record.knn:
+        return "<p>There is nothing to draw yet.</p>"
+    figures = []
+    for title, unit, note, lines in _lines(record):
+        drawn = [line for line in lines if line.points]
+        if drawn:
+            svg = line_drawing(drawn, f"{title} by step", stacked=unit == "ms")
+            if svg is None:
+                return "<p>The curves need matplotlib; pip install 'nnclr[plot]' and write the report again.</p>"
+            last = f"{drawn[0].points[-1][1]:,.4g} {unit}"
+            figures.append(f"<figure><h3>{title} <b>{last}</b></h3>{svg}<figcaption>{note}</figcaption></figure>")
+    return f'<p>By training step; at the top right the last figure.</p><div class="curves">{"".join(figures)}</div>'
+
+
+def _lines(record: Record) -> list[tuple[str, str, str, list[Line]]]:
+    """Title, unit, note and lines of each drawing."""
+    of = record.series
+
+    def shares(name: str) -> list[tuple[int, float]]:
+        return [(step, 100 * value) for step, value in of(name)]
+
+    knn = record.knn
+    band = [(e["step"], 100 * e["interval"][0], 100 * e["interval"][1]) for e in knn if e["interval"]]
+    accuracy = Line([(e["step"], 100 * e["value"]) for e in knn], band=band, marked=len(knn) < 60)
+    waiting, working = _step_times(record)
+    loss = [Line(of("loss"), "loss"), Line(of("loss_chance"), "guessing", "reference")]
+    whose = [
+        Line(shares("neighbour_purity"), "with the query's label"),
+        Line(shares("own_id_share"), "the image itself", "second"),
+    ]
+    spread = [Line(of("alignment"), "alignment"), Line(of("uniformity"), "uniformity", "second")]
+    times = [Line(working, "computing"), Line(waiting, "waiting for images", "second")]
+    return [
+        ("Loss", "", "Below the level of guessing it has learned something.", loss),
+        ("kNN accuracy", "%", "With its 95 % interval; step 0 is the untrained network.", [accuracy]),
+        ("Whose neighbours", "%", "Shares of the neighbours found.", whose),
+        ("Effective rank (RankMe)", "", "Of a batch; a fall to a few is a collapse.", [Line(of("rank_me"))]),
+        ("Neighbour age", "steps", "Since the entry was written, mean.", [Line(of("neighbour_age"))]),
+        ("Neighbour similarity", "", "Cosine, mean.", [Line(of("neighbour_similarity"))]),
+        ("Distinct neighbours", "%", "Few: hubs answer every query.", [Line(shares("distinct_neighbours"))]),
+        ("Embedding deviation", "", "1: spread over the sphere, 0: one point.", [Line(of("embedding_std"))]),
+        ("Alignment and uniformity", "", "Lower is better for both.", spread),
+        ("Learning rate", "", "As the optimiser used it.", [Line(of("learning_rate"))]),
+        ("Gradient norm", "", "Before clipping.", [Line(of("grad_norm"))]),
+        ("Images per second", "", "Without evaluations and checkpoints.", [Line(of("images_per_second"))]),
+        ("Step time", "ms", "What a step waits for, and how long it works.", times),
+    ]
+
+
+def _step_times(record: Record) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, milliseconds) that a step waited for images, and that it worked."""
+    waiting, working, batch_size = [], [], record.setting("batch_size")
+    for line in record.metrics:
+        if line.get("images_per_second", 0) > 0 and "data_share" in line and batch_size > 0:
+            whole = 1000 * batch_size / line["images_per_second"]
+            waiting.append((int(line["step"]), whole * line["data_share"]))
+            working.append((int(line["step"]), whole * (1 - line["data_share"])))
+    return waiting, working
+
+
+def _map(record: Record, with_map: bool) -> str:
+    if not with_map:
+        command = f"nnclr report {shlex.quote(str(record.path))}"
+        return f"<p>Drawn on request, since it embeds images anew: <code>{escaped(command)}</code></p>"
+    from nnclr.run_map import draw_map
+
+    drawn = draw_map(record)
+    if isinstance(drawn, str):
+        return f"<p>{escaped(drawn)}</p>"
+    legend = "".join(
+        f'<li><i style="--swatch: {colour}"></i>{escaped(name)}<span class="count">{count:,}</span></li>'
+        for name, colour, count in drawn.classes
+    )
+    legend = f'<ul class="legend">{legend}</ul>' if legend else "<p class=note>There are no labels to colour it by.</p>"
+    return (
+        f"<p>{escaped(drawn.text)} What lies together looks alike to the encoder; the axes have no meaning.</p>"
+        f'<div class="map"><figure>{drawn.svg}</figure>{legend}</div>'
+    )
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def _evaluations(record: Record) -> str:
+    if not record.evaluations:
+        return (
+            "<p>Nothing was evaluated: kNN accuracy needs labels, and <code>nnclr evaluate</code> measures with a "
+            "labelled data set of your choice.</p>"
+        )
+    latest = {}
+    for line in record.evaluations:
+        key = json.dumps([line[k] for k in ("protocol", "metric", "parameters")] + [line.get("test_fingerprint")])
+        latest[key] = line
+    rows, shown = [], []
+    for line in latest.values():
+        beside = same_measure(line, record.baselines)
+        shown += beside
+        rows += [_result_row(line, ""), *(_result_row(other, "baseline") for other in beside)]
+    rows += [_result_row(line, "baseline") for line in record.baselines if line not in shown]
+    every = "".join(
+        f"<tr><td class=number>{line['step'] if line['step'] is not None else ''}</td><td>{escaped(line['protocol'])}"
+        f"</td><td>{escaped(line['metric'])}</td><td class=number>{percent(line['value'])}</td>"
+        f"<td class=number>{_interval(line)}</td></tr>"
+        for line in record.evaluations[-_ROWS:]
+    )
+    left = f", the last {_ROWS}" if len(record.evaluations) > _ROWS else ""
+    curve = record.path / "label-curve.png"
+    return (
+        '<div class="scroll"><table><caption>The latest result of each kind, with baselines that were measured the '
+        "same way in grey. Intervals are of 95 %.</caption><thead><tr><th>what</th><th class=number>value</th>"
+        "<th>interval</th><th>learned from</th><th>scored on</th><th class=number>step</th><th>protocol</th></tr>"
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<details><summary>All {len(record.evaluations)} evaluations</summary><table><caption>In the order of "
+        f"evaluations.jsonl{left}.</caption><thead><tr><th class=number>step</th><th>protocol</th><th>metric</th>"
+        f"<th class=number>value</th><th class=number>interval</th></tr></thead><tbody>{every}</tbody></table>"
+        "</details>" + (_file_picture(curve, "Accuracy against labels a class") if curve.is_file() else "")
+    )
+
+
+def _file_picture(path: Path, title: str) -> str:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if max(image.size) > 4000:
+                raise ValueError
+            return f"<figure><h3>{title}</h3>{_picture(image.convert('RGB'), title)}</figure>"
+    except (OSError, ValueError, SyntaxError):
+        return f"<p class=note>{escaped(path.name)} cannot be read.</p>"
+
+
+def _interval(line: dict[str, Any]) -> str:
+    return "" if line["interval"] is None else " to ".join(f"{100 * end:.1f}" for end in line["interval"])
+
+
+def _result_row(line: dict[str, Any], kind: str) -> str:
+    named = f"<br><small>{escaped(line.get('encoder_name', 'baseline'))}</small>" if kind else ""
+    known = ("protocol", "metric", "value", "interval", "step", "data", "test", "n_train", "n_test")
+    full = json.dumps({k: v for k, v in line.items() if k not in known}, indent=1, ensure_ascii=False)
+    full = full if len(full) < 6000 else full[:6000] + "\n... the rest is in the run folder"
+    parameters = ", ".join(f"{k} {v}" for k, v in line["parameters"].items() if not isinstance(v, (list, dict)))
+    cells = [
+        f'<th scope="row">{escaped(line["protocol"])} {escaped(line["metric"])}{named}</th>',
+        f"<td class=number>{percent(line['value'])}</td><td>{_bar(line)} <span>{_interval(line)}</span></td>",
+        f"<td>{escaped(line.get('data', ''))} <small>{escaped(line.get('n_train', ''))}</small></td>",
+        f"<td>{escaped(line.get('test', ''))} <small>{escaped(line.get('n_test', ''))}</small></td>",
+        f"<td class=number>{'' if line['step'] is None else line['step']}</td><td>{escaped(parameters)}</td>",
+    ]
+    return (
+        f'<tr class="{kind}">{"".join(cells)}</tr><tr class="more {kind}"><td colspan="7"><details><summary>'
+        f'every parameter</summary><pre class="columns">{escaped(full)}</pre></details></td></tr>'
+    )
+
+
+def _bar(line: dict[str, Any]) -> str:
+    """A value between 0 and 100 % with its interval, as a small drawing."""
+    at = min(max(line["value"], 0.0), 1.0) * 100
+    low, high = (min(max(end, 0.0), 1.0) * 100 for end in line["interval"] or (line["value"], line["value"]))
+    return (
+        '<svg class="range" viewBox="-4 0 108 10" preserveAspectRatio="none" aria-hidden="true">'
+        '<path d="M0 5H100" stroke="var(--line)" stroke-width="1.5"/>'
+        f'<path d="M{low:.1f} 5H{high:.1f}" stroke="var(--series-1)" stroke-width="4" stroke-opacity=".45"/>'
+        f'<path d="M{at:.1f} 1V9" stroke="var(--series-1)" stroke-width="2.4"/></svg>'
+    )
+
+
+def _use(record: Record) -> str:
+    if not (record.path / "encoder" / "config.json").is_file():
+        return "<p>There is no encoder yet: it is written with the first checkpoint.</p>"
+    run, data = str(record.path), record.config.get("data")
+    code = (
+        f"import nnclr\n\nencoder = nnclr.Encoder.from_pretrained({run!r})\n"
+        f"features = encoder.embed({str(data)!r})  # (n, d) float32"
+    )
+    name, images = shlex.quote(run), shlex.quote(str(data))
+    commands = [
+        f"nnclr evaluate {name} {images} --protocol linear --baselines",
+        f"nnclr embed {name} {images} --out embeddings.parquet",
+        "nnclr search embeddings.parquet PICTURE.jpg",
+        "nnclr explore embeddings.parquet",
+        f"nnclr export {name} --format timm --out exported",
+    ]
+    return f"<p>In Python:</p><pre>{escaped(code)}</pre><p>From here:</p><pre>{escaped(chr(10).join(commands))}</pre>"
+
+
+def _settings(record: Record) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{name}</th><td>{escaped(_plain(record.environment[name]))}</td></tr>'
+        for name in _RECORDED
+        if record.environment.get(name) is not None
+    )
+    bad = "".join(
+        f"<tr><td>{escaped(line.get('image', ''))}</td><td>{escaped(line.get('reason', ''))}</td></tr>"
+        for line in record.bad[:_ROWS]
+    )
+    return (
+        f'<p>config.toml, which repeats the run:</p><pre class="columns">{escaped(record.config_text.strip())}</pre>'
+        + (f"<table><caption>Where it ran</caption><tbody>{rows}</tbody></table>" if rows else "")
+        + (
+            f"<details><summary>{len(record.bad)} images that cannot be read</summary><table><caption>From "
+            f"bad_samples.jsonl</caption><thead><tr><th>image</th><th>reason</th></tr></thead><tbody>{bad}</tbody>"
+            "</table></details>"
+            if bad
+            else ""
+        )
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -30,7 +30,7 @@ from nnclr.data.images import Source
 from nnclr.data.source import open_source, test_split
 from nnclr.errors import InputError, NonFiniteError
 from nnclr.evaluation.metrics import half_width
-from nnclr.report import draw_sweep
+from nnclr.plots import draw_sweep
 from nnclr.run_folder import Run
 from nnclr.training import check_settings, pretrain
 

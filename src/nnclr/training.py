@@ -2,38 +2,32 @@
 
 import dataclasses
 import inspect
-import json
-import math
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import nnclr
-from nnclr import checkpoint, health, report, run_folder
+from nnclr import checkpoint, run_folder, tracking
 from nnclr.checkpoint import TrainState
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
 from nnclr.data.augment import View, policy
 from nnclr.data.images import Source
-from nnclr.data.loader import Batch, Loader, Plan, create_loader
+from nnclr.data.loader import Loader, Plan, create_loader
 from nnclr.data.source import open_source, test_split
 from nnclr.device import choose_device, choose_precision
-from nnclr.encoder import Encoder
 from nnclr.errors import InputError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
-from nnclr.evaluation.result import append
 from nnclr.health import finite_grad_norm
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
-from nnclr.objectives import NNCLR, OBJECTIVES, Objective, Output, find_objective
+from nnclr.objectives import OBJECTIVES, Objective, find_objective
 from nnclr.optim import create_optimizer, learning_rate
-from nnclr.progress import Reporter, Window, metrics_line
+from nnclr.recorder import Recorder
 from nnclr.run_folder import Run
 
 PAPER_SUPPORT_SET = 98_304
@@ -125,7 +119,7 @@ def train(
         restored = restore(run, state, source)
         if state.step < total:  # a finished run keeps the record of where it was trained
             run_folder.write_record(run, to_toml(config), config.device, source)
-        recorder = Recorder(run, config, source, test, state, loader, total, quiet)
+        recorder = create_recorder(run, config, source, test, state, loader, plan, total, quiet)
         try:
             recorder.start(restored)
             for batch in loader.batches(state.step, total):
@@ -179,7 +173,7 @@ def resolve(config: Config, source: Source) -> Config:
     """Replace every `auto` and default that depends on the machine or the data by its value.
 
     Raises:
-        InputError: if device, precision or batch size cannot be had.
+        InputError: if device, precision or batch size cannot be had, or a library of `log_to` is not installed.
     """
     if config.batch_size > len(source):
         raise InputError(
@@ -188,6 +182,7 @@ def resolve(config: Config, source: Source) -> Config:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("this version trains in one process; start it without torchrun")
+    tracking.require(config.log_to)
     kind = find_objective(config.objective)
     parameters = inspect.signature(kind).parameters
     defaults = {
@@ -311,176 +306,36 @@ def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
     return skipped
 
 
-# ---- after a step ------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Everything the loop writes and prints; it reads the training state and never changes it."""
-
-    def __init__(
-        self,
-        run: Path,
-        config: Config,
-        source: Source,
-        test: Source | None,
-        state: TrainState,
-        loader: Loader,
-        total: int,
-        quiet: bool,
-    ) -> None:
-        self.run, self.config, self.source, self.state, self.loader = run, config, source, state, loader
-        self.total = total
-        self.plan = make_plan(config, len(source))
-        self.reporter = Reporter(total, quiet)
-        self.knn = OnlineKNN.create(
-            source, test, config.knn_k, config.knn_temperature, config.seed, config.num_workers or 0
-        )
-        self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(config.device)
-        self.monitor = health.CollapseMonitor()
-        self.monitor.load_state_dict(state.notes.get("collapse", {}))
-        self.window = Window()
-
-    def start(self, skipped: list[str] | None) -> None:
-        """Say what is about to happen; evaluate the untrained network of a fresh run."""
-        config, source, say = self.config, self.source, self.reporter.say
-        classes = "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
-        left_out = "".join(f", {count} x {reason} left out" for reason, count in source.skipped.items())
-        say(f"{source.name}: {len(source)} images{classes}{left_out}")
-        heads = sum(p.numel() for p in self.state.objective.parameters())
-        size = sum(p.numel() for p in self.state.backbone.parameters())
-        say(
-            f"{config.objective}, {config.backbone} {size / 1e6:.1f} M + heads {heads / 1e6:.1f} M parameters, "
-            f"{config.image_size} px, batch {config.batch_size}, {self.total} steps, {config.device} "
-            f"{config.precision}, {torch.get_num_threads()} threads"
-        )
-        if isinstance(self.state.objective, NNCLR):
-            share = (config.support_set_size or 0) / len(source)
-            say(f"support set {config.support_set_size}: {100 * share:.0f} % of the images")
-            if share > 1:
-                say(
-                    "warning: the support set is larger than the data, so it holds older embeddings of the very "
-                    "same images; own_id_share in metrics.jsonl tells how often those are the neighbours"
-                )
-        run_folder.forget_later_lines(self.run, -1 if skipped is None else self.state.step)
-        self.loader.bad.update(run_folder.read_bad_samples(self.run))
-        if skipped is None:
-            if config.evaluate_every_epochs:
-                self._evaluate()
-            return
-        for line in skipped:
-            say(f"warning: {line}")
-        finished = ": it is finished" if self.state.step >= self.total else ""
-        say(f"resumed {self.run} at step {self.state.step} of {self.total}{finished}")
-
-    def after_step(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
-        """Log, evaluate and save where this step is due for it."""
-        config, step = self.config, self.state.step
-        self.window.add(batch.seconds)
-        self.reporter.step(step, f"{self.window.rate(config.batch_size):.0f} img/s")
-        if step % config.log_every_steps == 0 or step == self.total:
-            self._log(batch, out, rate, grad_norm)
-        every = config.evaluate_every_epochs * self.plan.steps_per_epoch
-        if every and (math.floor(step / every) > math.floor((step - 1) / every) or step == self.total):
-            self._evaluate()
-        if step % config.checkpoint_every_steps == 0 and step < self.total:
-            self.save()
-
-    def save(self) -> None:
-        """A checkpoint, and the encoder of this step."""
-        began, state, config = time.perf_counter(), self.state, self.config
-        state.notes["collapse"] = self.monitor.state_dict()
-        facts = {
-            "data": config.data,
-            "images": len(self.source),
-            "data_fingerprint": self.source.fingerprint,
-            "config": to_toml(config),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "notes": state.notes,
-        }
-        checkpoint.save(self.run / "checkpoints", state.step, state.tensors(), facts)
-        self.encoder().save_pretrained(self.run / "encoder")
-        run_folder.write_bad_samples(self.run, self.loader.bad, self.source)
-        self.window.exclude(time.perf_counter() - began)
-
-    def finish(self) -> None:
-        """The last checkpoint, the curves and the report; nothing is lost if this is interrupted and repeated."""
-        self.save()
-        report.draw_curves(self.run)
-        page = report.write_report(self.run)
-        if self.loader.bad:
-            listed = self.run / "bad_samples.jsonl"
-            self.reporter.say(f"warning: {len(self.loader.bad)} images cannot be read and were skipped: {listed}")
-        self.reporter.say(f"finished: report in {page}, encoder in {self.run / 'encoder'}")
-
-    def close(self) -> None:
-        """Give the terminal back."""
-        self.reporter.close()
-
-    def encoder(self, averaged: bool = False) -> Encoder:
-        """The backbone as it is now, or its average."""
-        provenance = {
-            "backbone": self.config.backbone,
-            "objective": self.config.objective,
-            "step": self.state.step,
-            "epochs": self.state.step / self.plan.steps_per_epoch,
-            "data": self.source.name,
-            "data_fingerprint": self.source.fingerprint,
-            "nnclr": nnclr.__version__,
-        }
-        module = self.state.average if averaged and self.state.average is not None else self.state.backbone
-        return Encoder(module, self.config.image_size, provenance=provenance)
-
-    def _log(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
-        step, config = self.state.step, self.config
-        z1, z2 = out.embeddings
-        values = {
-            "loss": float(out.loss.detach()),
-            "learning_rate": rate,
-            "grad_norm": float(grad_norm),
-            **{name: float(value) for name, value in out.metrics.items()},
-            "embedding_std": float(health.embedding_std(z1)),
-            "rank_me": float(health.rank_me(z1)),
-            "alignment": float(health.alignment(z1, z2)),
-            "uniformity": float(health.uniformity(z1)),
-            "bad_images": len(self.loader.bad),
-            "images_per_second": self.window.rate(config.batch_size),
-            "data_share": self.window.data_share(),
-        }
-        if self.labels is not None and out.neighbours:
-            values["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        images = step * config.batch_size
-        line = {"step": step, "epoch": step / self.plan.steps_per_epoch, "images": images, **values}
-        with open(self.run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        seconds_left = (self.total - step) * config.batch_size / max(values["images_per_second"], 1e-9)
-        self.reporter.say(metrics_line(step, self.total, values, seconds_left))
-        warning = self.monitor.observe(
-            step=step,
-            std=values["embedding_std"],
-            rank=values["rank_me"],
-            dim=z1.shape[1],
-            samples=len(z1),
-            distinct=values.get("distinct_neighbours"),
-        )
-        if warning is not None:
-            self.reporter.say(f"warning: {warning}")
-        self.window = Window()
-        if step == config.log_every_steps and config.evaluate_every_epochs:
-            self._draw_neighbours()
-
-    def _evaluate(self) -> None:
-        began = time.perf_counter()
-        if self.knn is not None:
-            result = self.knn.measure(self.encoder())
-            append(result, self.run / "evaluations.jsonl")
-            self.reporter.say(f"step {self.state.step:>5}/{self.total}  kNN {100 * result.value:.1f} %")
-        self._draw_neighbours()
-        self.window.exclude(time.perf_counter() - began)
-
-    def _draw_neighbours(self) -> None:
-        objective = self.state.objective
-        if isinstance(objective, NNCLR) and len(objective.support_set) > 0:
-            path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
-            report.draw_neighbours(path, self.encoder(averaged=True), objective, self.source, self.loader.bad)
+def create_recorder(
+    run: Path,
+    config: Config,
+    source: Source,
+    test: Source | None,
+    state: TrainState,
+    loader: Loader,
+    plan: Plan,
+    total: int,
+    quiet: bool,
+) -> Recorder:
+    """What writes and prints along the way."""
+    return Recorder(
+        run,
+        source,
+        state,
+        loader,
+        plan,
+        total=total,
+        config=to_toml(config),
+        data=config.data,
+        objective=config.objective,
+        backbone=config.backbone,
+        image_size=config.image_size,
+        device=config.device,
+        precision=config.precision,
+        knn=OnlineKNN.create(source, test, config.knn_k, config.knn_temperature, config.seed, config.num_workers or 0),
+        log_every=config.log_every_steps,
+        evaluate_every=config.evaluate_every_epochs * plan.steps_per_epoch,
+        checkpoint_every=config.checkpoint_every_steps,
+        log_to=config.log_to,
+        quiet=quiet,
+    )

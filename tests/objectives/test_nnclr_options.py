@@ -231,16 +231,16 @@ def test_chance_level_is_the_loss_of_predictions_that_say_nothing(options, expec
 
 
 def test_neighbour_pictures_are_drawn_with_the_weights_of_the_look_up(pictures, tmp_path, tiny, monkeypatch):
-    from nnclr import report
+    from nnclr import neighbour_sheet
 
     used = []
-    real = report.draw_neighbours
+    real = neighbour_sheet.draw_neighbours
 
     def spy(path, encoder, objective, source, bad):
         used.append((encoder, objective))
         return real(path, encoder, objective, source, bad)
 
-    monkeypatch.setattr(report, "draw_neighbours", spy)
+    monkeypatch.setattr(neighbour_sheet, "draw_neighbours", spy)
     looked_up, nearest = [], nnclr.SupportSet.nearest
 
     def listen(self, z, k=1, **options):

@@ -1,0 +1,438 @@
+"""What a run folder says, in words: read in whatever state it is, judged by its figures, open about what is absent."""
+
+import html
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal
+
+from nnclr.errors import InputError
+from nnclr.health import CollapseMonitor
+from nnclr.progress import duration
+
+CLEARLY_BELOW = 0.95  # of the chance level: a loss under it is no accident of one batch
+SLOW_LOADING = 0.25  # of the step time
+Tone = Literal["good", "bad", "plain", "missing"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two, what they are about, and whether that is good news."""
+
+    topic: str
+    text: str
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What could be read of a run folder; `missing` names in sentences what could not."""
+
+    path: Path
+    config: dict[str, Any]
+    config_text: str
+    environment: dict[str, Any]
+    metrics: list[dict[str, float]]  # by step; what is no finite number is left out
+    evaluations: list[dict[str, Any]]
+    baselines: list[dict[str, Any]]
+    bad: list[dict[str, Any]]
+    missing: tuple[str, ...]
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a measure, for the lines that have it."""
+        return [(int(line["step"]), line[name]) for line in self.metrics if name in line]
+
+    def setting(self, name: str) -> float:
+        """A number of the config; NaN where there is none."""
+        value = _number(self.config.get(name))
+        return math.nan if value is None else value
+
+    @property
+    def images(self) -> int | None:
+        """Images that were trained on."""
+        data = self.environment.get("data")
+        count: float | None = _number(data.get("images")) if isinstance(data, dict) else None
+        return None if count is None else int(count)
+
+    @property
+    def width(self) -> float:
+        """Numbers in an embedding; NaN where it is not known."""
+        if self.config.get("objective") != "supervised":
+            return self.setting("embedding_dim")
+        try:  # its embeddings are the backbone's features
+            features = _number(json.loads((self.path / "encoder" / "config.json").read_bytes())["num_features"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            features = None
+        return math.nan if features is None else features
+
+    @property
+    def step(self) -> int:
+        """The last step that is known of."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the whole run."""
+        epochs = self.setting("epochs") + _or(self.setting("extend_epochs"), 0.0)
+        batch_size = self.setting("batch_size")
+        if self.images is None or not 0 < epochs < 1e9 or not batch_size >= 1:
+            return None
+        return round(epochs * (self.images // int(batch_size)))
+
+    @property
+    def knn(self) -> list[dict[str, Any]]:
+        """The online kNN evaluations by step: those of the largest group that can be compared with one another."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for line in self.evaluations:
+            if line["protocol"] == "knn" and line["step"] is not None:
+                key = json.dumps([line.get(k) for k in ("parameters", "test_fingerprint", "n_train", "n_test")])
+                groups.setdefault(key, []).append(line)
+        largest = max(groups.values(), key=len, default=[])
+        return sorted({line["step"]: line for line in largest}.values(), key=lambda line: line["step"])
+
+
+def read_record(run: Path) -> Record:
+    """Read a run folder in whatever state it is.
+
+    Raises:
+        InputError: if the folder holds no run at all.
+    """
+    if not (run / "config.toml").is_file():
+        raise InputError(f"{run} is no run folder: it holds no config.toml; name the folder that was given as --out")
+    missing: list[str] = []
+    text = (run / "config.toml").read_bytes().decode("utf-8", "backslashreplace")
+    try:
+        config = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        config = {}
+        missing.append("config.toml is damaged; it is shown as it is.")
+    try:
+        environment = json.loads((run / "environment.json").read_bytes())
+        if not isinstance(environment, dict):
+            raise ValueError
+    except (OSError, ValueError, RecursionError):
+        environment = {}
+        missing.append("environment.json is missing or damaged.")
+    metrics = [_numbers(line) for line in _lines(run / "metrics.jsonl", missing) if _is_step(line.get("step"))]
+    by_step = {line["step"]: line for line in metrics}
+    results = [[_result(line) for line in _lines(run / f"{name}.jsonl", missing)] for name in _RESULT_FILES]
+    evaluations, baselines = ([line for line in lines if line is not None] for lines in results)
+    bad = _lines(run / "bad_samples.jsonl", missing)
+    if not by_step:
+        missing.append("There are no metrics: the run has not reached its first log line, or metrics.jsonl is gone.")
+    ordered = [by_step[step] for step in sorted(by_step)]
+    return Record(run, config, text, environment, ordered, evaluations, baselines, bad, tuple(missing))
+
+
+_RESULT_FILES = ("evaluations", "baselines")
+
+
+def _lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    try:
+        texts = path.read_bytes().decode("utf-8", "backslashreplace").splitlines()
+    except OSError:
+        return []
+    lines, damaged = [], 0
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            damaged += 1
+    if damaged:
+        few, left = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
+        missing.append(f"{few} of {path.name} cannot be read, perhaps cut off by a kill, and {left} left out.")
+    return lines
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: number for name, value in line.items() if (number := _number(value)) is not None}
+
+
+def _result(line: dict[str, Any]) -> dict[str, Any] | None:
+    """An evaluation whose fields have the types that are relied on, or None."""
+    value, step, interval = _number(line.get("value")), line.get("step"), line.get("interval")
+    if value is None or not isinstance(line.get("protocol"), str) or not isinstance(line.get("metric"), str):
+        return None
+    ends = [_number(end) for end in interval] if isinstance(interval, list) and len(interval) == 2 else [None]
+    return line | {
+        "value": value,
+        "step": step if _is_step(step) else None,
+        "interval": None if None in ends else ends,
+        "parameters": line["parameters"] if isinstance(line.get("parameters"), dict) else {},
+    }
+
+
+# ---- in words ----------------------------------------------------------------------------------------------
+
+
+def percent(share: float) -> str:
+    """A share as `59.3 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def judge(record: Record) -> Finding:
+    """The verdict: did it learn? The topic is the headline, the text why."""
+    finished = record.total is not None and record.step >= record.total
+    learns = "It learned" if finished else "It is learning"
+    if any((record.path / "nonfinite").glob("*.json")) and not finished:
+        return Finding("It stopped", "The loss or a gradient was not finite; the batch is in nonfinite/.", "bad")
+    if not record.metrics:
+        return Finding("Nothing to judge yet", "No line of metrics was logged.", "missing")
+    if collapses(record)[1]:
+        return Finding("It has collapsed", "See the warning below; what the encoder gives is of little use.", "bad")
+    knn = record.knn
+    if len(knn) > 1:
+        first, last = knn[0], knn[-1]
+        low = last["interval"][0] if last["interval"] else last["value"]
+        before = "the untrained network" if first["step"] == 0 else f"step {first['step']}"
+        if low > first["value"]:
+            return Finding(learns, f"kNN accuracy is above that of {before} by more than its uncertainty.", "good")
+        if last["value"] > first["value"]:
+            text = f"kNN accuracy is above that of {before}, but by less than its uncertainty."
+            return Finding("It is not clear yet", text, "missing")
+        return Finding("No sign of learning", f"kNN accuracy is not above that of {before}.", "bad")
+    loss, chance = record.series("loss"), record.series("loss_chance")
+    if not loss or not chance:
+        return Finding(
+            "It cannot be told", "There is neither a kNN accuracy nor a chance level of the loss.", "missing"
+        )
+    if loss[-1][1] >= CLEARLY_BELOW * chance[-1][1]:
+        return Finding("No sign of learning", "The loss is at its chance level.", "bad")
+    text = "The loss is well below its chance level and nothing has collapsed; without labels there is no more to say."
+    return Finding(learns, text, "good")
+
+
+def findings(record: Record) -> list[Finding]:
+    """All that the figures say, one measure after the other."""
+    made = [_what(record), _loss(record), *_knn(record), *_neighbours(record), *_spread(record), *_operation(record)]
+    return [*made, *(Finding("Damaged or missing", text, "bad") for text in record.missing)]
+
+
+def collapses(record: Record) -> tuple[list[str], bool]:
+    """The warnings that the run gave, from the same figures by the same rule, and whether it has not recovered."""
+    monitor, warnings = CollapseMonitor(), []
+    samples = _or(record.setting("batch_size"), 1)
+    dim = _or(record.width, samples)
+    for line in record.metrics:
+        if {"embedding_std", "rank_me"} <= line.keys():
+            warning = monitor.observe(
+                step=int(line["step"]),
+                std=line["embedding_std"],
+                rank=line["rank_me"],
+                dim=int(dim),
+                samples=int(samples),
+                distinct=line.get("distinct_neighbours"),
+            )
+            warnings += [] if warning is None else [warning]
+    return warnings, monitor.low >= monitor.patience
+
+
+def seconds(record: Record) -> float:
+    """Time that the logged steps took, without evaluations and checkpoints."""
+    steps = [{"images": 0.0}, *record.metrics]
+    return sum(
+        (line["images"] - before["images"]) / line["images_per_second"]
+        for before, line in pairwise(steps)
+        if line.get("images_per_second", 0) > 0 and "images" in line and "images" in before
+    )
+
+
+def _or(value: float, default: float) -> float:
+    return value if math.isfinite(value) else default
+
+
+def _what(record: Record) -> Finding:
+    config, data = record.config, record.environment.get("data")
+    name = data.get("name") if isinstance(data, dict) else config.get("data")
+    images = "" if record.images is None else f" on {record.images:,} images"
+    epochs = record.metrics[-1].get("epoch") if record.metrics else None
+    passed = "" if epochs is None else f", {epochs:.3g} epochs"
+    of = "" if record.total is None else f" of {record.total:,}"
+    took = f" The steps took {duration(seconds(record))}." if seconds(record) else ""
+    text = (
+        f"{config.get('objective', 'An unknown objective')} trained {config.get('backbone', 'an unknown backbone')}"
+        f"{images} of {name or 'unknown data'}: step {record.step:,}{of}{passed}, batch "
+        f"{config.get('batch_size', 'unknown')}, {config.get('image_size', '?')} px.{took}"
+    )
+    if record.total is not None and record.step < record.total:
+        return Finding("Training", f"{text} It is not finished: the same command goes on.", "missing")
+    return Finding("Training", text)
+
+
+def _loss(record: Record) -> Finding:
+    loss, chance = record.series("loss"), dict(record.series("loss_chance"))
+    if not loss:
+        return Finding("Loss", "No loss was logged.", "missing")
+    (_, first), (step, last) = loss[0], loss[-1]
+    text = f"{last:.3f} at step {step:,}, {first:.3f} at step {loss[0][0]:,}"
+    if step not in chance:
+        return Finding("Loss", f"{text}; this objective has no chance level.", "plain")
+    level = chance[step]
+    if last >= CLEARLY_BELOW * level:
+        return Finding("Loss", f"{text}. Chance is {level:.3f}: it is no better than guessing.", "bad")
+    return Finding("Loss", f"{text}; guessing would give {level:.3f}.", "good")
+
+
+def _knn(record: Record) -> Iterator[Finding]:
+    knn = record.knn
+    if not knn:
+        if record.setting("evaluate_every_epochs") == 0:
+            why = "evaluate_every_epochs is 0"
+        elif record.series("neighbour_purity"):
+            why = "there are too few images or classes to hold some out, or no labels for the test images"
+        else:
+            why = "no labels" if record.series("neighbour_similarity") else "no labels, or too few images or classes"
+        yield Finding("kNN accuracy", f"Not measured: {why}.", "missing")
+        return
+    first, last = knn[0], knn[-1]
+    interval = "" if last["interval"] is None else f" (95 %: {' to '.join(percent(end) for end in last['interval'])})"
+    parameters = ", ".join(
+        f"{name} = {last['parameters'][name]}" for name in ("k", "temperature") if name in last["parameters"]
+    )
+    text = (
+        f"{percent(last['value'])}{interval} at step {last['step']:,}, of {last.get('n_test', 'unknown')} images of "
+        f"{last.get('test', 'unknown data')}{f', {parameters}' if parameters else ''}."
+    )
+    tone: Tone = "plain"
+    if len(knn) > 1:
+        before = "untrained" if first["step"] == 0 else f"at step {first['step']:,}"
+        low = last["interval"][0] if last["interval"] else last["value"]
+        text = f"{percent(first['value'])} {before}, {text}"
+        tone = "good" if low > first["value"] else "plain" if last["value"] > first["value"] else "bad"
+    best = max(knn, key=lambda line: line["value"])
+    if last["interval"] and best["value"] > last["interval"][1]:
+        text += f" It was best at step {best['step']:,}: {percent(best['value'])}."
+    yield Finding("kNN accuracy", text, tone)
+    for line in same_measure(last, record.baselines):
+        beaten = line["value"] < last["value"]
+        text = f"{percent(line['value'])} by {line.get('encoder_name', 'an unnamed encoder')}, the same way"
+        yield Finding(
+            "Baseline", text + ("." if beaten else ": more than the trained encoder."), "plain" if beaten else "bad"
+        )
+
+
+def same_measure(line: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of others that can stand beside one: same protocol, metric, parameters and images scored."""
+
+    def key(result: dict[str, Any]) -> str:
+        parameters = {name: value for name, value in result["parameters"].items() if name != "image_size"}
+        return json.dumps([parameters, *(result.get(k) for k in _COMPARED)], sort_keys=True)
+
+    latest = {str(other.get("encoder_name")): other for other in others if key(other) == key(line)}
+    return list(latest.values())
+
+
+_COMPARED = ("protocol", "metric", "test_fingerprint", "data_fingerprint", "n_test")
+
+
+def _neighbours(record: Record) -> Iterator[Finding]:
+    purity, age = record.series("neighbour_purity"), record.series("neighbour_age")
+    similarity, own = record.series("neighbour_similarity"), record.series("own_id_share")
+    if not similarity:
+        if record.metrics:
+            text = f"{record.config.get('objective', 'The objective')} looks up none, so they have no purity or age."
+            yield Finding("Neighbours", text, "missing")
+        return
+    if purity:
+        tone: Tone = "good" if purity[-1][1] > purity[0][1] + 0.02 else "plain"
+        text = f"{percent(purity[-1][1])} of the neighbours have their query's label"
+        yield Finding("Neighbour purity", f"{text}, {percent(purity[0][1])} at first.", tone)
+    else:
+        yield Finding("Neighbour purity", "Not measured: no labels.", "missing")
+    yield Finding("Neighbour similarity", f"{similarity[-1][1]:.2f} (cosine), {similarity[0][1]:.2f} at first.")
+    if age:
+        size = record.setting("support_set_size")
+        added = record.setting("batch_size") * (2 if record.config.get("enqueue_both_views") is True else 1)
+        text = f"{age[-1][1]:.1f} steps on average"
+        if math.isfinite(size) and added >= 1:
+            text += f"; the support set of {size:,.0f} entries is renewed every {size / added:,.3g} steps"
+        yield Finding("Neighbour age", f"{text}.")
+    if own:
+        often = own[-1][1] > 0.3
+        text = f"{percent(own[-1][1])} of the neighbours are an older embedding of the image itself"
+        advice = ": they teach little; use a smaller --support-set-size or --exclude-own-id True" if often else ""
+        yield Finding("Own image", f"{text}{advice}.", "bad" if often else "plain")
+
+
+def _spread(record: Record) -> Iterator[Finding]:
+    rank, std = record.series("rank_me"), record.series("embedding_std")
+    most = min(_or(record.width, math.inf), _or(record.setting("batch_size"), math.inf))
+    if rank:
+        low = math.isfinite(most) and rank[-1][1] < 0.1 * most
+        of = f" of at most {most:.0f}" if math.isfinite(most) else ""
+        text = f"{rank[-1][1]:.1f}{of} (width and batch), {rank[0][1]:.1f} at first"
+        yield Finding(
+            "Effective rank", text + (": less than a tenth is used." if low else "."), "bad" if low else "good"
+        )
+    if std:
+        low = std[-1][1] < 0.1
+        text = f"{std[-1][1]:.2f}; 1 is spread over the sphere, 0 is a single point."
+        yield Finding("Embedding deviation", text, "bad" if low else "plain")
+    warnings, now = collapses(record)
+    for warning in warnings[:5]:
+        text = f"{warning[0].upper()}{warning[1:]}."
+        yield Finding("Collapse", text if now else f"{text} It recovered.", "bad")
+    if rank and std and not warnings:
+        yield Finding("Collapse", "No warning in the whole run.", "good")
+
+
+def _operation(record: Record) -> Iterator[Finding]:
+    rate, waiting = record.series("images_per_second"), record.series("data_share")
+    if rate:
+        yield Finding("Speed", f"{median(value for _, value in rate):,.0f} images a second (median).")
+    if waiting:
+        share = fmean(value for _, value in waiting)
+        text = f"{percent(share)} of the step time was spent waiting for images"
+        if share > SLOW_LOADING:
+            advice = "more --num-workers, or pictures stored at about twice --image-size, would help"
+            yield Finding("Loading", f"{text}: {advice}.", "bad")
+        else:
+            yield Finding("Loading", f"{text}.", "good")
+    counted = record.series("bad_images")
+    bad = len(record.bad) or (int(counted[-1][1]) if counted else 0)
+    if bad:
+        text = f"{bad:,} cannot be read and were skipped: bad_samples.jsonl lists them."
+        yield Finding("Images", text, "bad")
+    elif counted:
+        yield Finding("Images", "All that came up could be read.", "good")
+
+
+def escaped(value: Any) -> str:
+    """Text from a run as HTML: no markup, no control or direction characters, no secrets."""
+    text = "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+        for c in without_secrets(str(value))
+    )
+    return html.escape(text)
+
+
+def without_secrets(text: str) -> str:
+    """Text with passwords in addresses, and the values of what is called token or the like, blotted out."""
+    text = re.sub(r"(://)[^\s/@'\"]+@", r"\1…@", text)
+    name = r"[\w-]*(?:token|password|passwd|secret|api[_-]?key)[\w-]*"
+    value = r"[^\s'\",&]+"
+    text = re.sub(rf"(?i)({name}['\"]?\s*[=:]\s*['\"]?){value}", r"\1…", text)
+    return re.sub(rf"(?i)(--?{name}['\"]?,?\s+['\"]?){value}", r"\1…", text)

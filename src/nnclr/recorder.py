@@ -1,0 +1,239 @@
+"""What the training loop writes and prints: the console, metrics, evaluations, checkpoints, pictures and the report."""
+
+import json
+import math
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import nnclr
+from nnclr import checkpoint, health, neighbour_sheet, plots, report, run_folder
+from nnclr.checkpoint import TrainState
+from nnclr.data.images import Source
+from nnclr.data.loader import Batch, Loader, Plan
+from nnclr.encoder import Encoder
+from nnclr.evaluation.online import OnlineKNN
+from nnclr.evaluation.result import append
+from nnclr.objectives import NNCLR, Output
+from nnclr.progress import Reporter, Window, metrics_line
+from nnclr.tracking import Tracker
+
+
+class Recorder:
+    """Everything the loop writes and prints; it reads the training state and never changes it.
+
+    Args:
+        run: the run folder.
+        source: the images.
+        state: what is trained.
+        loader: for the images that it could not read.
+        plan: order of the images.
+        total: steps of the whole run.
+        config: the resolved config as TOML, kept in checkpoints.
+        data: as it was asked for.
+        objective: its name.
+        backbone: its name.
+        image_size: pixels.
+        device: where the labels are kept.
+        precision: for the console.
+        knn: the online evaluation; None without labels.
+        log_every: steps between lines of metrics.jsonl.
+        evaluate_every: steps between evaluations, 0 for none.
+        checkpoint_every: steps between checkpoints.
+        log_to: further tools that get the lines; see `nnclr.tracking`.
+        quiet: print nothing.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        source: Source,
+        state: TrainState,
+        loader: Loader,
+        plan: Plan,
+        *,
+        total: int,
+        config: str,
+        data: str,
+        objective: str,
+        backbone: str,
+        image_size: int,
+        device: str,
+        precision: str,
+        knn: OnlineKNN | None,
+        log_every: int,
+        evaluate_every: float,
+        checkpoint_every: int,
+        log_to: Sequence[str] = (),
+        quiet: bool = False,
+    ) -> None:
+        self.run, self.source, self.state, self.loader, self.plan = run, source, state, loader, plan
+        self.total, self.config, self.data = total, config, data
+        self.objective, self.backbone, self.image_size = objective, backbone, image_size
+        self.where = f"{device} {precision}"
+        self.log_every, self.evaluate_every, self.checkpoint_every = log_every, evaluate_every, checkpoint_every
+        self.log_to, self.knn = log_to, knn
+        self.reporter = Reporter(total, quiet)
+        self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(device)
+        self.monitor = health.CollapseMonitor()
+        self.monitor.load_state_dict(state.notes.get("collapse", {}))
+        self.window = Window()
+        self.tracker: Tracker | None = None
+
+    def start(self, skipped: list[str] | None) -> None:
+        """Say what is about to happen; evaluate the untrained network of a fresh run."""
+        source, objective, say = self.source, self.state.objective, self.reporter.say
+        classes = "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
+        left_out = "".join(f", {count} x {reason} left out" for reason, count in source.skipped.items())
+        say(f"{source.name}: {len(source)} images{classes}{left_out}")
+        heads = sum(p.numel() for p in objective.parameters())
+        size = sum(p.numel() for p in self.state.backbone.parameters())
+        say(
+            f"{self.objective}, {self.backbone} {size / 1e6:.1f} M + heads {heads / 1e6:.1f} M parameters, "
+            f"{self.image_size} px, batch {self.plan.batch_size}, {self.total} steps, {self.where}, "
+            f"{torch.get_num_threads()} threads"
+        )
+        if isinstance(objective, NNCLR):
+            share = objective.support_set.size / len(source)
+            say(f"support set {objective.support_set.size}: {100 * share:.0f} % of the images")
+            if share > 1:
+                say(
+                    "warning: the support set is larger than the data, so it holds older embeddings of the very "
+                    "same images; own_id_share in metrics.jsonl tells how often those are the neighbours"
+                )
+        begun = -1 if skipped is None else self.state.step
+        run_folder.forget_later_lines(self.run, begun)
+        self.loader.bad.update(run_folder.read_bad_samples(self.run))
+        if self.state.step < self.total:
+            self.tracker = Tracker(self.log_to, self.run, begun, tomllib.loads(self.config), say)
+        if skipped is None:
+            if self.evaluate_every:
+                self._evaluate()
+            return
+        for line in skipped:
+            say(f"warning: {line}")
+        finished = ": it is finished" if self.state.step >= self.total else ""
+        say(f"resumed {self.run} at step {self.state.step} of {self.total}{finished}")
+
+    def after_step(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
+        """Log, evaluate and save where this step is due for it."""
+        step, every = self.state.step, self.evaluate_every
+        self.window.add(batch.seconds)
+        self.reporter.step(step, f"{self.window.rate(self.plan.batch_size):.0f} img/s")
+        if step % self.log_every == 0 or step == self.total:
+            self._log(batch, out, rate, grad_norm)
+        if every and (math.floor(step / every) > math.floor((step - 1) / every) or step == self.total):
+            self._evaluate()
+        if step % self.checkpoint_every == 0 and step < self.total:
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint, and the encoder of this step."""
+        began, state = time.perf_counter(), self.state
+        state.notes["collapse"] = self.monitor.state_dict()
+        facts = {
+            "data": self.data,
+            "images": len(self.source),
+            "data_fingerprint": self.source.fingerprint,
+            "config": self.config,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "notes": state.notes,
+        }
+        checkpoint.save(self.run / "checkpoints", state.step, state.tensors(), facts)
+        self.encoder().save_pretrained(self.run / "encoder")
+        run_folder.write_bad_samples(self.run, self.loader.bad, self.source)
+        self.window.exclude(time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """The last checkpoint, the curves and the report; nothing is lost if this is interrupted and repeated."""
+        self.save()
+        plots.draw_curves(self.run)
+        page = report.write_report(self.run, with_map=False)  # the map is what takes long
+        if self.loader.bad:
+            listed = self.run / "bad_samples.jsonl"
+            self.reporter.say(f"warning: {len(self.loader.bad)} images cannot be read and were skipped: {listed}")
+        self.reporter.say(f"finished: report in {page}, encoder in {self.run / 'encoder'}")
+
+    def close(self) -> None:
+        """Give the terminal back, and let the other tools finish."""
+        self.reporter.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def encoder(self, averaged: bool = False) -> Encoder:
+        """The backbone as it is now, or its average."""
+        provenance = {
+            "backbone": self.backbone,
+            "objective": self.objective,
+            "step": self.state.step,
+            "epochs": self.state.step / self.plan.steps_per_epoch,
+            "data": self.source.name,
+            "data_fingerprint": self.source.fingerprint,
+            "nnclr": nnclr.__version__,
+        }
+        module = self.state.average if averaged and self.state.average is not None else self.state.backbone
+        return Encoder(module, self.image_size, provenance=provenance)
+
+    def _log(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
+        step, batch_size = self.state.step, self.plan.batch_size
+        z1, z2 = out.embeddings
+        values = {
+            "loss": float(out.loss.detach()),
+            "learning_rate": rate,
+            "grad_norm": float(grad_norm),
+            **{name: float(value) for name, value in out.metrics.items()},
+            "embedding_std": float(health.embedding_std(z1)),
+            "rank_me": float(health.rank_me(z1)),
+            "alignment": float(health.alignment(z1, z2)),
+            "uniformity": float(health.uniformity(z1)),
+            "bad_images": len(self.loader.bad),
+            "images_per_second": self.window.rate(batch_size),
+            "data_share": self.window.data_share(),
+        }
+        if self.labels is not None and out.neighbours:
+            values["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        images = step * batch_size
+        line = {"step": step, "epoch": step / self.plan.steps_per_epoch, "images": images, **values}
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.tracker is not None:
+            self.tracker.metrics(line)
+        seconds_left = (self.total - step) * batch_size / max(values["images_per_second"], 1e-9)
+        self.reporter.say(metrics_line(step, self.total, values, seconds_left))
+        warning = self.monitor.observe(
+            step=step,
+            std=values["embedding_std"],
+            rank=values["rank_me"],
+            dim=z1.shape[1],
+            samples=len(z1),
+            distinct=values.get("distinct_neighbours"),
+        )
+        if warning is not None:
+            self.reporter.say(f"warning: {warning}")
+        self.window = Window()
+        if step == self.log_every and self.evaluate_every:
+            self._draw_neighbours()
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        if self.knn is not None:
+            result = self.knn.measure(self.encoder())
+            append(result, self.run / "evaluations.jsonl")
+            if self.tracker is not None:
+                self.tracker.evaluation(asdict(result))
+            self.reporter.say(f"step {self.state.step:>5}/{self.total}  kNN {100 * result.value:.1f} %")
+        self._draw_neighbours()
+        self.window.exclude(time.perf_counter() - began)
+
+    def _draw_neighbours(self) -> None:
+        objective = self.state.objective
+        if isinstance(objective, NNCLR) and len(objective.support_set) > 0:
+            path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
+            neighbour_sheet.draw_neighbours(path, self.encoder(averaged=True), objective, self.source, self.loader.bad)
