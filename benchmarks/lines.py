@@ -1,4 +1,4 @@
-"""Line numbers in docs/methods.md: each link to a name in the source leads to the line that defines it.
+"""Line numbers in docs/: each link to a name in the source leads to the line that defines it.
 
     python -m benchmarks.lines
 
@@ -9,8 +9,8 @@ import ast
 import re
 from pathlib import Path
 
-PAGE = Path("docs/methods.md")
-LINK = re.compile(r"\[`([\w.]+)`\]\((\.\./src/[\w./-]+\.py)#L\d+\)")
+DOCS = Path("docs")
+LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)+src/[\w./-]+\.py)#L\d+\)")
 
 
 def definitions(path):
@@ -29,10 +29,11 @@ def definitions(path):
     return lines
 
 
-def renumbered(text, page=PAGE):
+def renumbered(text, page):
     """The page with the numbers of today; KeyError for a name that its file does not define."""
     return LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{definitions(page.parent / m[2])[m[1]]})", text)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(renumbered(PAGE.read_text()))
+    for page in sorted(DOCS.rglob("*.md")):
+        page.write_text(renumbered(page.read_text(), page))
