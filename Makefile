@@ -11,7 +11,7 @@ BIN := .venv/bin
 # Threads beyond the cores cost time, and two on a busy machine are slower than one.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help demo test test-slow check install docs pins clean
+.PHONY: help demo test test-slow check install docs bench pins clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,14 @@ check: install  ## lint and types
 docs: install  ## the documentation site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
 
+bench: install .peers/.installed  ## speed beside other libraries on one thread; writes docs/benchmarks.md
+	PYTHONPATH=.peers OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+# Without what the peers depend on: only their functions are used, beside the same torch.
+.peers/.installed: benchmarks/requirements.txt
+	"$(UV)" pip install -q --python $(BIN)/python --target .peers --no-deps --require-hashes -r benchmarks/requirements.txt
+	touch $@
+
 install: .venv/.installed  ## the pinned environment in .venv
 
 .venv/.installed: requirements.txt pyproject.toml
@@ -49,4 +57,4 @@ pins: ## write requirements.txt anew from pyproject.toml
 		--no-annotate --python-version 3.11 --extra dev pyproject.toml - -o requirements.txt
 
 clean:  ## remove the environment and caches
-	rm -rf .venv .tools .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .tools .peers .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnclr.data.decode import decode, read_file
+from nnclr.data.decode import BadImage, decode, read_file
 from nnclr.data.images import Source, printable
 from nnclr.errors import InputError
 
@@ -56,9 +56,15 @@ def folder_source(roots: Sequence[Path]) -> Source:
     for path, (_, _, size) in zip(paths, files, strict=True):
         digest.update(path + b"\0" + str(size).encode() + b"\n")
 
+    real_roots = {root: os.path.realpath(os.fsencode(root)) for root in roots}
+
     def fetch(i: int) -> np.ndarray:
         root, path, _ = files[i]
-        return decode(read_file(os.path.join(os.fsencode(root), path)))
+        # A link that was put there since may lead out of the folder.
+        target = os.path.realpath(os.path.join(os.fsencode(root), path))
+        if os.path.commonpath([real_roots[root], target]) != real_roots[root]:
+            raise BadImage("unreadable", "a link out of the folder")
+        return decode(read_file(target))
 
     def title(i: int) -> str:
         return printable(paths[i])
