@@ -246,3 +246,52 @@ def test_options_of_protocols_are_flags(capsys):
     ):
         assert cli.main([*command, *options]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_line_that_a_kill_has_cut_stops_no_verb(capsys, tmp_path, photos):
+    run = tmp_path / "run"
+    assert cli.main(["pretrain", str(photos), "--out", str(run), *FLAGS]) == 0
+    whole = len(nnclr.Run(run).metrics)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        with open(run / name, "a") as file:
+            file.write('{"step": 9, "lo')
+    capsys.readouterr()
+    assert cli.main(["info", str(run)]) == 0
+    assert "last metrics" in capsys.readouterr().out
+    assert len(nnclr.Run(run).metrics) == whole
+    assert cli.main(["report", str(run)]) == 0
+    assert "1 line of metrics.jsonl cannot be read" in (run / "report.html").read_text()
+
+
+def test_no_verb_overwrites_what_it_did_not_write(capsys, tmp_path, photos):
+    """Every --out of another kind than the verb writes is refused, and stays as it was."""
+    run, vectors = tmp_path / "run", tmp_path / "e.npy"
+    assert cli.main(["pretrain", str(photos), "--out", str(run), *FLAGS]) == 0
+    assert cli.main(["embed", "pixels?size=8", str(photos), "--out", str(vectors)]) == 0
+    (tmp_path / "notes.csv").write_text("my own table\n")
+    (tmp_path / "page.html").write_text("<!doctype html>")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    capsys.readouterr()
+    for words, *arguments in (
+        ("must be a .html file", "report", run, "--out", vectors),
+        ("must be a .html file", "report", run, "--out", run / "metrics.jsonl"),
+        ("belongs to the embeddings", "search", vectors, "--id", "1", "--out", tmp_path / "e.ids.csv"),
+        ("holds no results of a search", "search", vectors, "--id", "1", "--out", tmp_path / "notes.csv"),
+        ("must be a .jsonl file", "evaluate", run, photos, "--out", tmp_path / "page.html"),
+        ("is a file; name a folder", "compare", run, "--out", tmp_path / "notes.csv"),
+        ("is no evaluation result", "compare", vectors),
+        ("is no port", "explore", vectors, "--port", "99999"),
+        ("workers are below 0", "embed", "pixels", photos, "--out", tmp_path / "new.npy", "--num-workers", "-1"),
+        ("--extend-epochs lengthens", "pretrain", photos, "--out", run, *FLAGS, "--epochs", "3"),
+        ("in a folder that does not exist", "export", run, "--format", "onnx", "--out", tmp_path / "no/x.onnx"),
+    ):
+        fails(capsys, tmp_path, 2, words, *arguments)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_search_replaces_its_own_results(capsys, tmp_path, photos):
+    vectors, found = tmp_path / "e.npy", tmp_path / "found.csv"
+    assert cli.main(["embed", "pixels?size=8", str(photos), "--out", str(vectors)]) == 0
+    for query in ("1", "2"):
+        assert cli.main(["search", str(vectors), "--id", query, "--out", str(found)]) == 0
+    assert found.read_text().splitlines()[1].startswith("id 2")

@@ -14,11 +14,12 @@ from torch import nn
 
 from nnclr import embed, embeddings
 from nnclr.checkpoint import lock
+from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.embed import embed_to_file
 from nnclr.embeddings import open_embeddings
 from nnclr.encoder import Encoder
-from nnclr.errors import FolderInUseError, InputError, NonFiniteError, Stopped, StorageError
+from nnclr.errors import DataError, FolderInUseError, InputError, NonFiniteError, Stopped, StorageError
 from nnclr.pretrained import open_encoder
 
 BATCH = 7
@@ -361,6 +362,26 @@ def test_no_readable_image_at_all(tmp_path, encoder):
     with pytest.raises(InputError, match=r"none of the 20 images of .* can be read: 00\.jpg \(not_an_image"):
         go(encoder, tmp_path / "photos", tmp_path / "e.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_folder_that_is_gone_is_not_taken_for_bad_images(tmp_path, encoder):
+    """Its images are not written off: nothing is kept of them, and the command finishes when they are back."""
+    there = [True]
+
+    def fetch(i):
+        if not there[0] and i >= 40:
+            raise BadImage("unreadable", "no such file")
+        return np.full((16, 16, 3), i % 251, np.uint8)
+
+    source = Source("photos", 300, fetch, str, "0" * 64)
+    there[0] = False
+    with pytest.raises(DataError, match="260 of 300 images of photos in a row cannot be read; the first is 40 "):
+        go(encoder, source, tmp_path / "e.npy")
+    assert not (tmp_path / "e.npy").exists()
+    there[0] = True
+    go(encoder, source, tmp_path / "e.npy")
+    assert len(open_embeddings(tmp_path / "e.npy")) == 300
+    assert DataError.exit_code == 81
 
 
 def test_a_part_without_any_readable_image(tmp_path, encoder, photos):

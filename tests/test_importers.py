@@ -209,6 +209,16 @@ def test_partial_says_what_stays_random(tmp_path, network):
         import_checkpoint(tmp_path / "none.pth", "resnet18", 80, partial=True, say=said.append)
 
 
+def test_what_stays_random_is_the_same_at_every_opening(tmp_path, network):
+    torch.save(without(dict(network[0]), "layer4.1.conv2.weight"), tmp_path / "c.pth")
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(import_checkpoint(tmp_path / "c.pth", "resnet18", 80, partial=True, say=str).fingerprint)
+        assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(seed))  # the caller's draws
+    assert made[0] == made[1]
+
+
 class Payload:
     """Runs a command when it is unpickled."""
 

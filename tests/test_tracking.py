@@ -87,6 +87,7 @@ class Store:
 
     def __init__(self):
         self.opened, self.lines, self.closed, self.fail_at, self.stuck = [], [], 0, None, False
+        self.endings = []
 
     def take(self, values, step):
         if self.fail_at is not None and step >= self.fail_at:
@@ -108,6 +109,7 @@ def fake_wandb(store):
             store.take(data, step)
 
         def finish(self, exit_code=None, quiet=None):
+            store.endings.append(exit_code == 0)
             store.close()
 
     def init(entity=None, project=None, dir=None, id=None, name=None, config=None, resume=None, mode=None):
@@ -138,6 +140,7 @@ def fake_mlflow(store):
         store.take(metrics, step)
 
     def end_run(status="FINISHED"):
+        store.endings.append(status == "FINISHED")
         store.close()
 
     module.start_run, module.log_params, module.log_metrics, module.end_run = (
@@ -167,6 +170,7 @@ def test_a_resumed_run_is_one_run_there_and_logs_no_step_twice(monkeypatch, pict
     assert first["name"] == "run"
     assert str(first["config"]["support_set_size"]) == "50"
     assert store.closed == 2
+    assert store.endings == [False, True]  # the one that was killed is not shown as finished
     if kind == "wandb":
         assert (first["dir"], first["project"]) == (str(run.path), "nnclr")
         assert second == first

@@ -179,8 +179,8 @@ def evaluate(options: Evaluate) -> None:
 def _result_files(folder: Path, out: str | None) -> tuple[Path | None, Path | None]:
     """Where results of the encoder and of baselines are added."""
     if out is not None:
-        if not Path(out).parent.is_dir() or Path(out).is_dir():
-            raise InputError(f"--out {out} must be a file in a folder that exists")
+        if Path(out).suffix != ".jsonl" or not Path(out).parent.is_dir() or Path(out).is_dir():
+            raise InputError(f"--out {out} must be a .jsonl file in a folder that exists; results are added to it")
         return Path(out), Path(out)
     is_run = (folder / "config.toml").is_file()
     return (folder / "evaluations.jsonl", folder / "baselines.jsonl") if is_run else (None, None)

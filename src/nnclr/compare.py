@@ -35,6 +35,8 @@ def compare(paths: list[str], out: Path | None = None) -> str:
     Raises:
         InputError: if a path holds no evaluations.
     """
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder for the table and the plot")
     latest: dict[tuple[str, str], Measured] = {}
     for path in paths:
         for measured in _read(Path(path)):
@@ -64,13 +66,16 @@ def _read(path: Path) -> list[Measured]:
     """The figures of a run folder, of its baselines, or of a file."""
     found = []
     for file in [path] if path.is_file() else [path / "evaluations.jsonl", path / "baselines.jsonl"]:
-        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else []):
+        lines = file.read_bytes().decode("utf-8", "replace").splitlines() if file.is_file() else []
+        for number, line in enumerate(lines):
             try:
                 record = json.loads(line)
                 own = file.name == "evaluations.jsonl"  # in a run folder: the run's own encoder at some step
                 found += _figures(record, str(file.parent if own else record["encoder_name"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"line {number + 1} of {file} is no evaluation result ({error!r})") from error
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if path.is_dir() and number == len(lines) - 1:  # cut off by a kill
+                    continue
+                raise InputError(f"line {number + 1} of {file} is no evaluation result") from error
     if not found:
         raise InputError(
             f"{path} holds no evaluations; run nnclr evaluate on it, or name a run folder or a .jsonl file"

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from nnclr.errors import InputError
+from nnclr.kernels.lookup import bfloat16_is_native
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -30,8 +31,4 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     """`bf16` or `fp32`; `auto` is bf16 where the device computes in it: natively, or by AVX-512 or AMX on a CPU."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if native else "fp32"
+    return "bf16" if bfloat16_is_native(device) else "fp32"

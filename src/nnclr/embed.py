@@ -26,17 +26,18 @@ from nnclr import __version__
 from nnclr.checkpoint import lock, write_atomically
 from nnclr.data.augment import eval_image, normalize
 from nnclr.data.decode import BadImage
-from nnclr.data.images import Source, printable
+from nnclr.data.images import Source, cell, printable
 from nnclr.data.source import open_source
 from nnclr.embeddings import Block, companions, header_of, open_embeddings, refuse_name, store
 from nnclr.encoder import Encoder
-from nnclr.errors import InputError, NNCLRError, NonFiniteError, Stopped, StorageError
+from nnclr.errors import DataError, InputError, NNCLRError, NonFiniteError, Stopped, StorageError
 from nnclr.evaluation.result import versions
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import feature_dim
 from nnclr.progress import duration
 
 _PART_ROWS = 2048  # at least; what a kill can cost
+_FEW = 100  # unreadable images of a part that never mean that the folder is gone
 _EVERY = 10.0  # seconds between two lines of progress
 _NAMES_ONLY = ("encoder", "data", "data_name")  # facts that say where things lie, not what they are
 
@@ -82,6 +83,8 @@ def embed_to_file(
         raise InputError(f"dtype {dtype} is neither float32 nor float16")
     if batch_size < 1:
         raise InputError(f"a batch size of {batch_size} is below 1")
+    if num_workers < 0:
+        raise InputError(f"{num_workers} workers are below 0")
     source = open_source(data)
     facts = _facts(encoder, source, data, dtype, batch_size, out.suffix)
     folder = out.with_name(f".{out.name}.parts")
@@ -100,7 +103,7 @@ def embed_to_file(
         try:
             _compute_missing(parts, ranges, _Embedder(encoder, source, batch_size, num_workers, dtype), say, stop)
             _assemble(parts, ranges, source, out, facts, say)
-        except (Stopped, StorageError):
+        except (Stopped, StorageError, DataError):
             raise
         except NNCLRError:  # to go on would end the same way, and the parts would only be in the way
             shutil.rmtree(folder, ignore_errors=True)
@@ -330,9 +333,20 @@ def _compute_missing(
                 if stop.asked and sum(map(len, vectors)) + len(skipped) < len(rows):
                     break
             else:
+                _refuse_lost(rows, skipped, embedder.source)
                 parts.write(rows, np.concatenate(vectors), skipped)
             if stop.asked:
-                raise Stopped(f"stopped by {stop.asked}: what is embedded is kept, the same command goes on with it")
+                raise Stopped(f"stopped by {stop.asked}: finished parts are kept, the same command goes on with them")
+
+
+def _refuse_lost(rows: range, skipped: list[tuple[int, str]], source: Source) -> None:
+    """A few bad images are listed; most of a part means that the folder is gone, and is not to be kept as a result."""
+    if len(skipped) > max(_FEW, len(rows) // 2):
+        i, reason = skipped[0]
+        raise DataError(
+            f"{len(skipped)} of {len(rows)} images of {source.name} in a row cannot be read; the first is "
+            f"{source.describe(i)} ({reason}): bring the images back and run the same command again"
+        )
 
 
 def _assemble(
@@ -370,7 +384,7 @@ def _list_skipped(parts: _Parts, source: Source, out: Path, skipped: list[tuple[
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["id", "path", "reason"])
-    table.writerows((i, source.describe(i), reason) for i, reason in skipped)
+    table.writerows((i, cell(source.describe(i)), reason) for i, reason in skipped)
     unfinished = parts.folder / listed.name  # a kill leaves nothing half done beside the output
     try:
         if skipped:

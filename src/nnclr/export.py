@@ -60,12 +60,13 @@ def export(
     out = Path(out)
     if format not in writers:
         raise InputError(f"'{format}' is no export format; choose {', '.join(writers)}")
+    if not out.parent.is_dir():
+        raise InputError(f"{out} is to be in a folder that does not exist; make {out.parent} first")
     if os.path.lexists(out):
         raise InputError(f"{out} exists and is not overwritten; name another --out, or remove it")
     encoder = replace(encoder, module=on_cpu(encoder.module).eval(), provenance=without_paths(encoder.provenance))
     temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         said = writers[format](encoder, temporary, out.name, run)
         for path in [*temporary.glob("*"), temporary]:
             _sync(path)
@@ -80,7 +81,7 @@ def export(
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
     for line in said:
-        say(f"{out}: {line}")
+        say(f"{out}: {line.replace(repr(out.name), repr(str(out)))}")
     return out
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from nnclr.errors import InputError
 from nnclr.health import CollapseMonitor
 from nnclr.progress import duration
+from nnclr.run_folder import read_lines
 
 CLEARLY_BELOW = 0.95  # of the chance level: a loss under it is no accident of one batch
 SLOW_LOADING = 0.25  # of the step time
@@ -134,20 +135,7 @@ _RESULT_FILES = ("evaluations", "baselines")
 
 
 def _lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
-    try:
-        texts = path.read_bytes().decode("utf-8", "backslashreplace").splitlines()
-    except OSError:
-        return []
-    lines, damaged = [], 0
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict):
-            lines.append(line)
-        else:
-            damaged += 1
+    lines, damaged = read_lines(path)
     if damaged:
         few, left = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
         missing.append(f"{few} of {path.name} cannot be read, perhaps cut off by a kill, and {left} left out.")

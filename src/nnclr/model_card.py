@@ -3,7 +3,6 @@
 Nothing in it depends on where the files lay: of a path only the name is told.
 """
 
-import json
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 import nnclr
 from nnclr.errors import InputError
+from nnclr.run_folder import read_lines
 
 _NOT_TOLD = {"out", "device", "num_workers"}  # settings that say something of the machine and nothing of the weights
 
@@ -80,6 +80,8 @@ def _evaluation_table(evaluations: list[dict[str, Any]]) -> list[str]:
     """The latest figure of each kind."""
     latest = {}
     for record in evaluations:
+        if not {"protocol", "metric", "test", "parameters", "value", "n_test"} <= record.keys():
+            continue  # a line that is not ours
         interval = record.get("interval")
         spread = "" if interval is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in interval))
         parameters = ", ".join(f"{name} {_text(value)}" for name, value in record["parameters"].items())
@@ -115,13 +117,11 @@ def _records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings and the evaluations of a run folder."""
     try:
         settings = tomllib.loads((run / "config.toml").read_text())
-        path = run / "evaluations.jsonl"
-        evaluations = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         told = {name: value for name, value in settings.items() if name not in _NOT_TOLD}
         for name in ("data", "test_data"):
             if name in told:
                 told[name] = _name(told[name])
-        return told, evaluations
+        return told, read_lines(run / "evaluations.jsonl")[0]
     except (OSError, ValueError) as error:
         raise InputError(f"{run} is no run folder with a config.toml that can be read ({error})") from error
 

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nnclr.checkpoint import write_atomically
+from nnclr.run_folder import read_lines
 
 MOST_POINTS = 400  # of a line on a page; what a run of 100,000 log lines needs is no more
 Points = Sequence[tuple[float, float]]
@@ -153,7 +153,7 @@ def draw_curves(run: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    metrics, evaluations = _lines(run / "metrics.jsonl"), _lines(run / "evaluations.jsonl")
+    metrics, evaluations = read_lines(run / "metrics.jsonl")[0], read_lines(run / "evaluations.jsonl")[0]
     figure = Figure(figsize=(11, 6), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     _plot(panels[0], "loss", metrics, {"loss": "loss", "loss_chance": "chance level, log of the candidates"})
@@ -284,7 +284,3 @@ def _plot(panel: Any, title: str, metrics: list[dict[str, Any]], names: dict[str
     panel.set_title(title)
     if panel.lines:
         panel.legend(fontsize=8)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

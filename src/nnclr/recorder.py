@@ -84,6 +84,7 @@ class Recorder:
         self.monitor.load_state_dict(state.notes.get("collapse", {}))
         self.window = Window()
         self.tracker: Tracker | None = None
+        self.finished = False
 
     def start(self, skipped: list[str] | None) -> None:
         """Say what is about to happen; evaluate the untrained network of a fresh run."""
@@ -153,6 +154,7 @@ class Recorder:
     def finish(self) -> None:
         """The last checkpoint, the curves and the report; nothing is lost if this is interrupted and repeated."""
         self.save()
+        self.finished = True
         plots.draw_curves(self.run)
         page = report.write_report(self.run, with_map=False)  # the map is what takes long
         if self.loader.bad:
@@ -164,7 +166,7 @@ class Recorder:
         """Give the terminal back, and let the other tools finish."""
         self.reporter.close()
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(self.finished)
 
     def encoder(self, averaged: bool = False) -> Encoder:
         """The backbone as it is now, or its average."""

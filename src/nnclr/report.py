@@ -67,8 +67,8 @@ def write_report(run: Path, out: Path | None = None, *, with_map: bool = True) -
     run = Path(run)
     record = read_record(run)
     path = run / "report.html" if out is None else Path(out)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--out {path} must be a file in a folder that exists")
+    if path.suffix not in (".html", ".htm") or not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"--out {path} must be a .html file in a folder that exists")
     sections = {
         "Summary": _summary(record),
         "Neighbours over time": _neighbours(record),

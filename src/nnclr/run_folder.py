@@ -26,13 +26,13 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return _read_lines(self.path / "metrics.jsonl")
+        """The lines of metrics.jsonl that can be read."""
+        return read_lines(self.path / "metrics.jsonl")[0]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of evaluations.jsonl."""
-        return _read_lines(self.path / "evaluations.jsonl")
+        """The lines of evaluations.jsonl that can be read."""
+        return read_lines(self.path / "evaluations.jsonl")[0]
 
 
 def create(run: Path) -> None:
@@ -78,8 +78,21 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a .jsonl file, and how many of them cannot be read, perhaps cut off by a kill."""
+    try:
+        texts = path.read_bytes().decode("utf-8", "backslashreplace").splitlines()
+    except OSError:
+        return [], 0
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines, len(texts) - len(lines)
 
 
 def forget_later_lines(run: Path, step: int) -> None:
@@ -100,7 +113,7 @@ def _is_up_to(step: int, text: str) -> bool:
 
 def read_bad_samples(run: Path) -> dict[int, str]:
     """The images that an earlier part of the run skipped, by id."""
-    return {line["id"]: line["reason"] for line in _read_lines(run / "bad_samples.jsonl")}
+    return {line["id"]: line["reason"] for line in read_lines(run / "bad_samples.jsonl")[0]}
 
 
 def write_bad_samples(run: Path, bad: dict[int, str], source: Source) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nnclr.checkpoint import write_atomically
-from nnclr.data.images import printable
+from nnclr.data.images import cell, printable
 from nnclr.embeddings import Embeddings, companions, open_embeddings
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
@@ -20,6 +20,10 @@ from nnclr.neighbours import label_hints as find_hints
 
 MANY = 2_000_000  # rows above which an approximate search is suggested
 _SHOWN = 50  # lines of a table; a file lists all
+# Heads of the three tables.
+_ANSWERS = ("query", "rank", "id", "path", "label", "similarity")
+_DUPLICATES = ("group", "id", "path", "label", "other_id", "other_path", "other_label", "similarity")
+_HINTS = ("id", "path", "label", "suggested", "share", "own_share")
 _BATCH = 64  # pictures embedded at a time
 
 
@@ -246,6 +250,11 @@ def _refuse_out(out: Path, embeddings: Path) -> None:
     own = {*companions(embeddings), embeddings.with_suffix(".skipped.csv")}
     if os.path.abspath(out) in {os.path.abspath(file) for file in own}:
         raise InputError(f"--out {_shown(out)} belongs to the embeddings; choose another name")
+    if out.is_file():
+        with open(out, "rb") as file:
+            head = file.readline(200).decode("utf-8", "replace").strip()
+        if head not in {",".join(header) for header in (_ANSWERS, _DUPLICATES, _HINTS)}:
+            raise InputError(f"--out {_shown(out)} exists and holds no results of a search; choose another name")
 
 
 def results_table(found: Iterable[Found]) -> str:
@@ -263,7 +272,7 @@ def results_table(found: Iterable[Found]) -> str:
 
 def results_csv(found: Iterable[Found]) -> str:
     """Answers as CSV: query, rank, id, path, label, similarity."""
-    return _csv(("query", "rank", "id", "path", "label", "similarity"), map(astuple, found))
+    return _csv(_ANSWERS, map(astuple, found))
 
 
 def duplicates_table(opened: Embeddings, duplicates: Duplicates, threshold: float) -> str:
@@ -294,7 +303,7 @@ def duplicates_csv(opened: Embeddings, duplicates: Duplicates) -> str:
         (number[i], *_described(opened, i), *_described(opened, j), similarity)
         for (i, j), similarity in zip(duplicates.pairs.tolist(), duplicates.similarities.tolist(), strict=True)
     )
-    return _csv(("group", "id", "path", "label", "other_id", "other_path", "other_label", "similarity"), rows)
+    return _csv(_DUPLICATES, rows)
 
 
 def hints_table(opened: Embeddings, hints: Hints) -> str:
@@ -312,7 +321,7 @@ def hints_table(opened: Embeddings, hints: Hints) -> str:
 
 def hints_csv(opened: Embeddings, hints: Hints) -> str:
     """Hints as CSV: id, path, label, suggested, share, own_share."""
-    return _csv(("id", "path", "label", "suggested", "share", "own_share"), _hints(opened, hints))
+    return _csv(_HINTS, _hints(opened, hints))
 
 
 def _hints(opened: Embeddings, hints: Hints) -> Iterable[tuple[int, str, str, str, float, float]]:
@@ -330,7 +339,7 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows(map(cell, row) for row in rows)
     return text.getvalue()
 
 

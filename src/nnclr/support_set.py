@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnclr import counter
-from nnclr.kernels.lookup import bfloat16_is_fast, nearest_slots, stable_topk
+from nnclr.kernels.lookup import bfloat16_is_native, nearest_slots, stable_topk
 
 NO_ID = -1  # an entry whose image is unknown, and the id of a neighbour that does not exist
 _LARGE = 2048  # slots from which the look-up by bfloat16 and float32 pays
@@ -46,7 +46,8 @@ class SupportSet(nn.Module):
     Args:
         size: M, number of entries; any size, it need not be a multiple of the batch.
         dim: D, embedding width.
-        block_size: slots compared at a time; a look-up needs O(n * block_size) memory, never n x M.
+        block_size: slots compared at a time; a look-up of n queries never makes the n x M matrix: a block of it, and
+            on a CPU at most a sixteenth of it (candidates), on a GPU a 64th in bfloat16 and a bfloat16 copy of the set.
         replacement: which entries a full set gives up: `fifo`, the oldest, or `random` (an ablation of the paper).
 
     Raises:
@@ -133,7 +134,7 @@ class SupportSet(nn.Module):
             raise ValueError(f"k={k} is not between 1 and the support set's size {self.size}")
         with _exact_float32(z.device):
             z_ND = F.normalize(z.float(), dim=1)
-            if exclude_ids is None and labels is None and self.size >= _LARGE and bfloat16_is_fast(z.device):
+            if exclude_ids is None and labels is None and self.size >= _LARGE and bfloat16_is_native(z.device):
                 best_NK, slots_NK = self._compare_candidates(z_ND, k)
             else:
                 best_NK, slots_NK = self._compare_all(z_ND, k, exclude_ids, labels, query_labels)

@@ -48,8 +48,8 @@ class Sink(Protocol):
         """Take the numbers of a step."""
         ...
 
-    def close(self) -> None:
-        """Write out what is left."""
+    def close(self, finished: bool) -> None:
+        """Write out what is left, and say whether the run reached its end."""
         ...
 
 
@@ -90,11 +90,11 @@ class Tracker:
         """Hand on a line of evaluations.jsonl: its value, as `evaluation/PROTOCOL/METRIC`."""
         self._write("evaluations", line["step"], {f"evaluation/{line['protocol']}/{line['metric']}": line["value"]})
 
-    def close(self) -> None:
-        """Write out what is left."""
+    def close(self, finished: bool) -> None:
+        """Write out what is left; a run that did not reach its end is not shown as finished."""
         for kind, sink in list(self._sinks.items()):
             with self._guard(kind):
-                sink.close()
+                sink.close(finished)
         self._sinks.clear()
 
     def _write(self, what: str, step: int, values: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         self._writer.close()
 
 
@@ -167,8 +167,8 @@ class _WandB:
     def write(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 class _MLflow:
@@ -183,5 +183,5 @@ class _MLflow:
     def write(self, values: dict[str, float], step: int) -> None:
         self._mlflow.log_metrics(values, step=step)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    def close(self, finished: bool) -> None:
+        self._mlflow.end_run("FINISHED" if finished else "KILLED")

@@ -221,9 +221,10 @@ def check_existing(run: Path, config: Config) -> None:
         return
     differing = differences(from_toml((run / "config.toml").read_bytes(), str(run / "config.toml")), config)
     if differing:
+        longer = "; --extend-epochs lengthens a run" if any(text.startswith("epochs:") for text in differing) else ""
         raise InputError(
             f"{run} holds a run with another config ({'; '.join(differing)}): use the same values to resume it, "
-            "or another --out"
+            f"or another --out{longer}"
         )
 
 

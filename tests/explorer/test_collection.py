@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nnclr.data.source import open_source
 from nnclr.embed import embed_to_file
 from nnclr.embeddings import open_embeddings, write_embeddings
 from nnclr.errors import InputError
@@ -116,6 +117,19 @@ def test_pictures_that_changed_are_not_shown(tmp_path):
     assert opened(path, data=str(tmp_path / "moved")).notices == ()
 
 
+@pytest.mark.parametrize(
+    ("ids", "shown"), [([0, 1, 2], True), ([1, 2, 3], False), ([-1, 1, 2], False), ([2, 1, 0], False)]
+)
+def test_ids_of_a_file_that_is_not_ours_must_count_these_pictures(tmp_path, ids, shown):
+    folder = draw_folder(tmp_path / "root", per_class=2)
+    source = open_source(str(folder))
+    path = tmp_path / "theirs.parquet"
+    write_embeddings(path, np.eye(3, dtype=np.float32), np.array(ids), [source.describe(i) for i in range(3)])
+    found = opened(path, data=str(folder))
+    assert (found.sources[0] is not None) == shown
+    assert bool(found.notices and "is not the data" in found.notices[0]) != shown
+
+
 def test_search_needs_the_encoder_itself(embedded, tmp_path):
     file = open_embeddings(embedded / "8.parquet")
     path = tmp_path / "e.parquet"
@@ -217,5 +231,9 @@ def test_atlas_refuses_what_it_would_destroy(embedded, tmp_path):
     with pytest.raises(InputError, match="is the file of embeddings itself"):
         write_atlas(embedded / "8.parquet", embedded / "8.parquet")
     assert (embedded / "8.parquet").read_bytes() == before
+    (tmp_path / "there.parquet").write_bytes(b"kept")
+    with pytest.raises(InputError, match="does not exist"):
+        write_atlas(tmp_path / "mistyped.parquet", tmp_path / "there.parquet")
+    assert (tmp_path / "there.parquet").read_bytes() == b"kept"
     with pytest.raises(InputError, match="in a folder that exists"):
         write_atlas(embedded / "8.parquet", tmp_path / "no" / "x.parquet")

@@ -114,6 +114,29 @@ def test_support_set_that_is_partly_filled(filled, k):
     assert (found.ids[:, have:] == -1).all()
 
 
+@pytest.mark.parametrize("m", [2049, 4111])
+@pytest.mark.parametrize("k", [1, 3, 200])
+def test_a_set_that_has_wrapped_around_at_any_size(m, k):
+    """More was enqueued than there are slots, and the last group is not full: its spare slots do not exist."""
+    made = SupportSet(m, 48)
+    for start in range(0, 5 * m, m):
+        made.enqueue(unit(m, 48, seed=start), torch.arange(start, start + m))
+    z = torch.cat([unit(40, 48, seed=9), made.vectors[-3:]])  # the last slots are somebody's nearest
+    best, order = exact(z, made.vectors, k)
+    found = made.nearest(z, k)
+    np.testing.assert_allclose(found.similarities.numpy(), best, atol=1e-6)
+    assert (found.ids[-3:, 0] == made.ids[-3:]).all()
+    assert (found.ids.numpy() == made.ids.numpy()[order]).mean() > 0.99
+
+
+def test_crowded_vectors_are_compared_with_all_after_a_few_queries():
+    alike = F.normalize(unit(1, 64) + 0.02 * unit(4096, 64, seed=3), dim=1)
+    calls = []
+    _, slots = lookup.nearest_slots(alike[:500], alike, torch.tensor(4096), 1, 1024, by_all(alike, 4096, 1, calls))
+    assert calls == [500]
+    assert slots[:, 0].tolist() == list(range(500))
+
+
 def test_the_lowest_slot_wins_among_duplicates():
     vectors = unit(4096, 24)
     vectors[[100, 900, 901, 4000]] = vectors[7].clone()
@@ -154,15 +177,16 @@ from tests.kernels.test_lookup import clusters, exact, unit
 lookup_triton._SCAN = 16
 checked = 0
 for d in (24, 100):
-    for m, filled in ((300, 300), (400, 277), (130, 2)):
+    for m, filled in ((300, 5000), (400, 277), (130, 2)):
         for k in (1, 4):
             vectors, z = (unit(m, d), unit(9, d, seed=5)) if m != 400 else clusters(448, d, 0.97)
             vectors, z = vectors[:m].clone(), z[:5]
             vectors[5] = vectors[1].clone()  # a tie
             vectors[filled:] = 7.0  # must not be read
+            vectors = torch.cat([vectors, torch.full((200, d), 9.0)])[:m]  # nor what lies behind
             z[2] = vectors[1]
             best, slots = lookup_triton.nearest_slots_triton(z, vectors, torch.tensor(filled), k)
-            expected, order = exact(z, vectors[:filled], k)
+            expected, order = exact(z, vectors[: min(filled, m)], k)
             have = order.shape[1]
             np.testing.assert_allclose(best[:, :have].numpy(), expected, atol=1e-6)
             assert (best[:, have:] == -torch.inf).all()

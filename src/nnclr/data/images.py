@@ -142,3 +142,8 @@ def printable(name: bytes) -> str:
     """A file name as text for people: control characters and bytes that are no UTF-8 appear escaped."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(value: object) -> object:
+    """A value for a table; text that a spreadsheet would take for a formula starts with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "'")) else value

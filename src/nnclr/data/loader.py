@@ -118,7 +118,7 @@ def load_resident(source: Source, device: torch.device, num_workers: int) -> tup
             if image.shape != first.shape:
                 pool.shutdown(cancel_futures=True)
                 return None, {}
-            images[i] = torch.from_numpy(image).permute(2, 0, 1)
+            images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: some may not be written
     check_bad(bad, source)
     return images.to(device), bad
 

@@ -48,9 +48,9 @@ def write_atlas(
     path, shown = Path(out), printable(os.fsencode(out))
     if path.suffix != ".parquet" or not path.parent.is_dir() or path.is_dir():
         raise InputError(f"{shown} must be a .parquet file in a folder that exists")
+    collection = open_collection([embeddings], data, None, projection, say)
     if path.exists() and path.samefile(embeddings):
         raise InputError(f"{shown} is the file of embeddings itself; choose another name")
-    collection = open_collection([embeddings], data, None, projection, say)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with pq.ParquetWriter(temporary, _schema(pa, collection), compression="none") as writer:

@@ -219,13 +219,21 @@ def _source(file: Embeddings, data: Any, notices: list[str]) -> Source | None:
     except InputError as error:
         notices.append(f"No thumbnails for {name}: {error}.")
         return None
-    if wanted not in (None, source.fingerprint) or int(file.ids.max()) >= len(source):
+    if wanted not in (None, source.fingerprint) or not _fits(file, source, known=wanted is not None):
         notices.append(
             f"No thumbnails for {name}: {source.name} is not the data that was embedded, pictures were added, removed "
             "or changed since; embed it anew, or name the right data with --data."
         )
         return None
     return source
+
+
+def _fits(file: Embeddings, source: Source, known: bool) -> bool:
+    """Whether the ids of a file count the pictures of a source; in a file that is not ours they may be anything."""
+    if int(file.ids.min()) < 0 or int(file.ids.max()) >= len(source):
+        return False
+    some = np.linspace(0, len(file) - 1, min(len(file), 200)).astype(int).tolist()
+    return known or all(source.describe(int(file.ids[row])) == file.names[row] for row in some)
 
 
 def _encoder(file: Embeddings, asked: str | None, notices: list[str]) -> Encoder | None:

@@ -10,6 +10,7 @@ import json
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -167,11 +168,15 @@ def _read(path: Path, key: str, n: int) -> tuple[np.ndarray, np.ndarray | None] 
                 return None
             points = content["points"]
             clusters = content.get("clusters")
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
     right = points.shape == (n, 2) and points.dtype == np.float32 and bool(np.isfinite(points).all())
     if clusters is not None:
-        right &= clusters.shape == (n,) and clusters.dtype == np.int64 and bool((clusters >= 0).all())
+        right &= (
+            clusters.shape == (n,)
+            and clusters.dtype == np.int64
+            and bool(((clusters >= 0) & (clusters < _CLUSTERS)).all())
+        )
     return (points, clusters) if right else None
 
 

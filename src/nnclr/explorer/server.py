@@ -28,6 +28,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nnclr.data.decode import BadImage, decode
+from nnclr.data.images import cell
 from nnclr.errors import InputError
 from nnclr.explorer.collection import Collection
 from nnclr.explorer.guard import NOT_AVAILABLE, App, Guard, Limits, error_body, impatient_protocol, is_loopback
@@ -254,11 +255,11 @@ def selection_list(collection: Collection, rows: np.ndarray, form: str) -> str:
         return "".join(f"{collection.names[row]}\n" for row in rows)
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
-    table.writerow(["row", "id", "path", *(_cell(column.name) for column in collection.columns)])
+    table.writerow(["row", "id", "path", *(cell(column.name) for column in collection.columns)])
     for row in rows.tolist():
         codes = [(column, int(column.codes[row])) for column in collection.columns]
         values = [column.categories[code] if code >= 0 else "" for column, code in codes]
-        table.writerow([row, int(collection.ids[row]), *map(_cell, [collection.names[row], *values])])
+        table.writerow([row, int(collection.ids[row]), *map(cell, [collection.names[row], *values])])
     return file.getvalue()
 
 
@@ -269,6 +270,8 @@ def listen(host: str, port: int, key: str | None) -> list[socket.socket]:
         InputError: if the port is taken or not allowed, the host is unknown, or other machines could connect and
             there is no token.
     """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port} is no port; choose 0 (any that is free) to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -386,7 +389,3 @@ def _k(request: Request) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_K):
         raise HTTPException(400)
     return int(text)
-
-
-def _cell(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text

@@ -12,6 +12,7 @@ The result is that of a float32 comparison of all slots, whatever the data; the 
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,20 @@ from torch import Tensor
 
 GROUP = 32  # slots
 ROUNDING = 2.0**-8  # most by which rounding to bfloat16 moves a number, as a share of it
-_SLACK = 2.0**-11  # for float32 sums and for vectors whose length is 1 but for rounding
+_SLACK = 2.0**-11  # for vectors whose length is 1 but for rounding, and for float32 sums of up to 2,048 products
 _MOST = 16  # a query with more than a 16th of the groups as candidates is compared with all slots instead
+_PROBE = 32  # queries
 _PAIRS_BYTES = 2**20  # of float32 rows that are compared at a time in step 3: what a core's cache holds
 
 Plain = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
-    return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+@cache
+def bfloat16_is_native(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 by itself: NVIDIA from Ampere on, or AVX-512 or AMX on a CPU."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def nearest_slots(
@@ -41,7 +46,7 @@ def nearest_slots(
     Args:
         z: (n, d) float32, unit length.
         vectors: (m, d) float32, unit length where filled.
-        filled: () int64, slots in use, the first ones; all where it is larger than m.
+        filled: () int64, slots in use, the first ones; it may be larger than m.
         k: neighbours; missing ones have similarity -inf and any slot.
         block: slots that are multiplied at a time.
         plain: queries -> similarities and slots, by comparing all slots in float32; for queries with very many
@@ -50,12 +55,18 @@ def nearest_slots(
     Returns:
         Similarities (n, k) float32 and slots (n, k) int64.
     """
+    filled = filled.clamp(max=len(vectors))
     if int(filled) < 2 * k * GROUP:  # so few groups that nearly all are candidates
         return plain(z)
+    if len(z) > 2 * _PROBE:
+        # Where vectors crowd together nearly all groups are candidates, and asking for them is wasted: try a few.
+        probe = torch.arange(0, len(z), len(z) // _PROBE)
+        maxima = group_maxima(z[probe], vectors, filled, block)
+        if _heavy(_candidates(maxima, z[probe], k), k).float().mean() > 0.5:
+            return plain(z)
     maxima = group_maxima(z, vectors, filled, block)
-    kth = maxima.amax(dim=0) if k == 1 else maxima.topk(k, dim=0).values[-1]
-    candidates = (maxima >= least_maximum(kth.float(), z)).T
-    heavy = candidates.sum(dim=1) > max(len(maxima) // _MOST, k)
+    candidates = _candidates(maxima, z, k)
+    heavy = _heavy(candidates, k)
     similarities = z.new_empty(len(z), k)
     slots = torch.empty(len(z), k, dtype=torch.int64)
     if heavy.any():
@@ -66,9 +77,20 @@ def nearest_slots(
     return similarities, slots
 
 
+def _candidates(maxima: Tensor, z: Tensor, k: int) -> Tensor:
+    """(n, groups) bool: the groups that may hold one of the k best of a query."""
+    kth = maxima.amax(dim=0) if k == 1 else maxima.topk(k, dim=0).values[-1]
+    return (maxima >= least_maximum(kth.float(), z)).T
+
+
+def _heavy(candidates: Tensor, k: int) -> Tensor:
+    """(n,) bool: queries with so many candidates that comparing all slots is faster."""
+    return candidates.sum(dim=1) > max(candidates.shape[1] // _MOST, k)
+
+
 def group_maxima(z: Tensor, vectors: Tensor, filled: Tensor, block: int) -> Tensor:
     """Largest bfloat16 similarity (groups, n) bfloat16 of each query with the filled slots of each group."""
-    m, n, used = len(vectors), len(z), min(int(filled), len(vectors))
+    m, n, used = len(vectors), len(z), int(filled)
     block = -(-block // GROUP) * GROUP
     queries = z.T.to(torch.bfloat16).contiguous()
     maxima = torch.full((-(-m // GROUP), n), -torch.inf, dtype=torch.bfloat16)
@@ -97,7 +119,7 @@ def least_maximum(kth: Tensor, z: Tensor) -> Tensor:
     """
     rounded = z.to(torch.bfloat16).float()
     error = (z - rounded).norm(dim=1) + ROUNDING * rounded.norm(dim=1)
-    least: Tensor = kth - 2 * error - 2 * ROUNDING * (kth.abs() + 2 * error) - _SLACK
+    least: Tensor = kth - 2 * error - 2 * ROUNDING * (kth.abs() + 2 * error) - max(_SLACK, z.shape[1] * 2.0**-22)
     return least
 
 

@@ -1,5 +1,7 @@
 """The look-up of `lookup.py` as two Triton kernels: no n x m matrix, nothing waits for the device."""
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from nnclr.kernels.lookup import least_maximum
 GROUP = 64  # slots; larger than on a CPU: the maxima are written to and read from memory
 _QUERIES, _SLOTS, _DEPTH = 128, 128, 64  # one tile of the product
 _SCAN = 1024  # maxima that are read at a time
+_MOST_PROGRAMS = 65535  # along the second axis of a launch
 # Triton's interpreter, in which the tests run, multiplies the bits of bfloat16 numbers as integers; the kernel then
 # widens what it has read first, which changes no value.
 
@@ -78,6 +81,13 @@ def _best_of_groups(
 
 def nearest_slots_triton(z: Tensor, vectors: Tensor, filled: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `lookup.nearest_slots`; z (n, d), vectors (m, d) float32 and filled () int64 on one CUDA device."""
+    if triton.cdiv(len(vectors), _SLOTS) > _MOST_PROGRAMS:
+        raise ValueError(f"a support set of {len(vectors)} entries is too large for one device; use several")
+    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():  # Triton launches on the current one
+        return _launch(z, vectors, filled.clamp(max=len(vectors)), k)
+
+
+def _launch(z: Tensor, vectors: Tensor, filled: Tensor, k: int) -> tuple[Tensor, Tensor]:
     (n, dim), groups = z.shape, triton.cdiv(len(vectors), GROUP)
     z, vectors = z.contiguous(), vectors.contiguous()
     maxima = torch.empty(n, groups, dtype=torch.bfloat16, device=z.device)
