@@ -242,7 +242,7 @@ def test_options_of_protocols_are_flags(capsys):
         (["--protocol", "linear", "--k", "5"], "k is no parameter of linear; it takes augmentation, epochs"),
         (["--protocol", "knn", "--no-from-scratch"], "from_scratch is no parameter of knn; it takes k, temperature"),
         (["--protocol", "label-free", "--device", "nothing"], "device=nothing cannot be used"),
-        (["--out", "no/such/folder.jsonl"], "--out no/such/folder.jsonl must be a file in a folder that exists"),
+        (["--out", "no/such/folder.jsonl"], "--out no/such/folder.jsonl must be a .jsonl file in a folder that exists"),
     ):
         assert cli.main([*command, *options]) == 2
         assert words in capsys.readouterr().err

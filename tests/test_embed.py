@@ -21,6 +21,7 @@ from nnclr.embeddings import open_embeddings
 from nnclr.encoder import Encoder
 from nnclr.errors import DataError, FolderInUseError, InputError, NonFiniteError, Stopped, StorageError
 from nnclr.pretrained import open_encoder
+from tests.alone import alone
 
 BATCH = 7
 
@@ -163,6 +164,7 @@ def kill():
 
 
 @pytest.mark.parametrize(("name", "kills"), [("e.parquet", 20), ("e.npy", 10)])
+@alone
 def test_killed_at_many_points(tmp_path, encoder, photos, name, kills, monkeypatch):
     """SIGKILL at random events in fresh processes, each gone on with; the last ones killed again and again."""
     with monkeypatch.context() as patch:
@@ -210,7 +212,7 @@ def interrupted(encoder, photos, out, monkeypatch, parts=3):
             return real(self, views)
 
         patch.setattr(Encoder, "features", features)
-        with pytest.raises(Stopped, match="stopped by SIGINT: what is embedded is kept, the same command") as raised:
+        with pytest.raises(Stopped, match="stopped by SIGINT: finished parts are kept, the same command") as raised:
             go(encoder, photos, out)
     assert raised.value.exit_code == 80
     folder = out.with_name(f".{out.name}.parts")
@@ -364,7 +366,7 @@ def test_no_readable_image_at_all(tmp_path, encoder):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_a_folder_that_is_gone_is_not_taken_for_bad_images(tmp_path, encoder):
+def test_a_folder_that_is_gone_is_not_taken_for_bad_images(tmp_path, encoder, monkeypatch):
     """Its images are not written off: nothing is kept of them, and the command finishes when they are back."""
     there = [True]
 
@@ -374,6 +376,7 @@ def test_a_folder_that_is_gone_is_not_taken_for_bad_images(tmp_path, encoder):
         return np.full((16, 16, 3), i % 251, np.uint8)
 
     source = Source("photos", 300, fetch, str, "0" * 64)
+    monkeypatch.setattr(embed, "_PART_ROWS", 2048)
     there[0] = False
     with pytest.raises(DataError, match="260 of 300 images of photos in a row cannot be read; the first is 40 "):
         go(encoder, source, tmp_path / "e.npy")

@@ -20,6 +20,7 @@ from nnclr.encoder import Encoder
 from nnclr.errors import InputError, StorageError
 from nnclr.export import export
 from nnclr.models.backbone import create_backbone
+from tests.alone import alone
 
 OUT = {"torchvision": "weights.pth", "timm": "weights.safetensors", "huggingface": "folder", "onnx": "model.onnx"}
 
@@ -261,6 +262,7 @@ def test_a_failure_leaves_nothing(tmp_path, resnet18, monkeypatch, format, owner
     ],
     ids=lambda p: getattr(p, "__name__", p),
 )
+@alone
 def test_a_kill_leaves_nothing_under_the_name(tmp_path, resnet18, monkeypatch, format, owner, name):
     out = tmp_path / OUT[format]
     child = os.fork()

@@ -460,8 +460,8 @@ def test_what_is_no_run_is_refused(tmp_path, made_up):
     for run, out, message in (
         (tmp_path / "empty", None, "is no run folder"),
         (tmp_path / "nowhere", None, "is no run folder"),
-        (made_up, tmp_path / "nowhere" / "x.html", "must be a file in a folder that exists"),
-        (made_up, tmp_path, "must be a file in a folder that exists"),
+        (made_up, tmp_path / "nowhere" / "x.html", "must be a .html file in a folder that exists"),
+        (made_up, tmp_path, "must be a .html file in a folder that exists"),
     ):
         with pytest.raises(InputError, match=message):
             report.write_report(run, out)

@@ -135,7 +135,7 @@ def best_of_groups(z: Tensor, vectors: Tensor, filled: Tensor, candidates: Tenso
     inside = torch.arange(GROUP)
     for pairs in torch.arange(len(query)).split(max(1, _PAIRS_BYTES // (4 * GROUP * z.shape[1]))):
         slots = group[pairs, None] * GROUP + inside
-        rows = vectors.index_select(0, slots.flatten().clamp_(max=len(vectors) - 1)).view(*slots.shape, -1)
+        rows = vectors.index_select(0, slots.flatten().clamp(max=len(vectors) - 1)).view(*slots.shape, -1)
         # The query on the left: with a vector on the right the product takes twice as long.
         found = torch.bmm(z[query[pairs], None], rows.transpose(1, 2))[:, 0]
         similarities[query[pairs], place[pairs]] = found.masked_fill_(slots >= filled, -torch.inf)
