@@ -135,10 +135,15 @@ def _rate(value: float) -> str:
 
 def render(known: dict[str, Any]) -> str:
     """The page, from the records alone."""
+    lines = ["# Benchmarks\n", *(_table(known) if known else [])]
+    lines += ["", explorer.render().strip()] if explorer.RESULT.exists() else []
+    return "\n".join(lines) + "\n"
+
+
+def _table(known: dict[str, Any]) -> list[str]:
     from benchmarks.cases import CASES
 
     lines = [
-        "# Benchmarks\n",
         "Written by `make bench` (`python -m benchmarks`): CPU seconds of one thread, median over fresh processes",
         "taken in turns; the last column is the largest ratio of a side's slowest to its fastest process. Equal",
         "results are checked before anything is timed.\n",
@@ -155,8 +160,7 @@ def render(known: dict[str, Any]) -> str:
             lines.append(f"| {CASES[name].title} | {known[name]['equal']} | {memory} |")
     facts = {(found["date"], found["machine"], found["torch"], found["python"]) for found in known.values()}
     lines += ["", *(f"Measured on {d}, {m}, torch {t}, Python {p}." for d, m, t, p in sorted(facts))]
-    lines += ["", explorer.render().strip()] if explorer.RESULT.exists() else []
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":
