@@ -41,17 +41,25 @@ def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
 # Look-up, loss and backward of one step.
 
 
-def _step_inputs(m: int, d: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    bank = F.normalize(_normal(m, d), dim=1)
-    z = [_normal(BATCH, d, seed=1 + i) for i in range(2)]
+def _step_inputs(m: int, d: int, crowd: float) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Embeddings in ten crowds, of about this cosine similarity inside a crowd; 0 for none."""
+    centres = F.normalize(_normal(10, d, seed=7), dim=1)
+    spread = (1 / crowd - 1) ** 0.5 if crowd else 1.0
+
+    def drawn(n: int, seed: int) -> torch.Tensor:
+        vectors = F.normalize(_normal(n, d, seed=seed), dim=1)
+        return spread * vectors + (centres[torch.arange(n) % 10] if crowd else 0.0)
+
+    bank = F.normalize(drawn(m, 0), dim=1)
+    z = [drawn(BATCH, 1 + i) for i in range(2)]
     return bank, z, [_normal(BATCH, d, seed=3 + i).requires_grad_() for i in range(2)]
 
 
-def _lookup(m: int, d: int) -> dict[str, Callable[[], Callable[[], Any]]]:
+def _lookup(m: int, d: int, crowd: float = 0.0) -> dict[str, Callable[[], Callable[[], Any]]]:
     def ours() -> Callable[[], Any]:
         import nnclr
 
-        bank, z, p = _step_inputs(m, d)
+        bank, z, p = _step_inputs(m, d, crowd)
         support_set = nnclr.SupportSet(m, d)
         support_set.enqueue(bank)
 
@@ -68,7 +76,7 @@ def _lookup(m: int, d: int) -> dict[str, Callable[[], Callable[[], Any]]]:
         from lightly.loss import NTXentLoss
         from lightly.models.modules import NNMemoryBankModule
 
-        bank, z, p = _step_inputs(m, d)
+        bank, z, p = _step_inputs(m, d, crowd)
         memory, criterion = NNMemoryBankModule(size=(m, d)), NTXentLoss(temperature=TEMPERATURE)
         memory.bank = bank.clone()
 
@@ -81,7 +89,7 @@ def _lookup(m: int, d: int) -> dict[str, Callable[[], Callable[[], Any]]]:
         return step
 
     def plain() -> Callable[[], Any]:
-        bank, z, p = _step_inputs(m, d)
+        bank, z, p = _step_inputs(m, d, crowd)
 
         def half(query: torch.Tensor, prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             found = bank[(F.normalize(query, dim=1) @ bank.T).max(dim=1).indices]
@@ -100,11 +108,11 @@ def _lookup(m: int, d: int) -> dict[str, Callable[[], Callable[[], Any]]]:
     return {"nnclr": ours, "lightly": lightly, "plain PyTorch": plain}
 
 
-def _lookup_check(m: int, d: int) -> Callable[[], str]:
+def _lookup_check(m: int, d: int, crowd: float = 0.0) -> Callable[[], str]:
     def check() -> str:
-        bank, z, _ = _step_inputs(m, d)
+        bank, z, _ = _step_inputs(m, d, crowd)
         exact = bank[(F.normalize(torch.cat(z), dim=1).double() @ bank.double().T).argmax(dim=1)]
-        found = {name: side()() for name, side in _lookup(m, d).items()}
+        found = {name: side()() for name, side in _lookup(m, d, crowd).items()}
         counts = {}
         for name, (one, two, _) in found.items():
             counts[name] = int((torch.cat([one, two]) - exact).abs().amax(dim=1).lt(1e-5).sum())
@@ -387,6 +395,10 @@ CASES = {
     "lookup-small": Case(
         "look-up + loss + backward, batch 256, support set 16,384 x 128", "lightly", 2.2, BATCH, "images",
         _lookup(16_384, 128), _lookup_check(16_384, 128),
+    ),
+    "lookup-crowded": Case(
+        "the same with ten crowds of embeddings, similarity 0.9 inside", "lightly", 1.0, BATCH, "images",
+        _lookup(16_384, 128, 0.9), _lookup_check(16_384, 128, 0.9),
     ),
     "views": Case(
         "two views of 32 x 32 images", "lightly", 10.0, 2 * BATCH, "views", VIEWS, lambda: _moments(VIEWS, 10),

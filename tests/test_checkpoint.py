@@ -130,11 +130,11 @@ folder, point = Path(sys.argv[1]), sys.argv[2]
 def die(*_, **__): os.kill(os.getpid(), 9)
 if point == "before tensors": checkpoint.safetensors.torch.save_file = die
 if point == "before manifest": checkpoint._fingerprint = die
-if point == "before sync": checkpoint._sync = die
+if point == "before sync": checkpoint.sync = die
 if point == "before rename": Path.rename = die
 if point == "before parent sync":
-    real = checkpoint._sync
-    checkpoint._sync = lambda path: die() if path == folder else real(path)
+    real = checkpoint.sync
+    checkpoint.sync = lambda path: die() if path == folder else real(path)
 if point == "while pruning": checkpoint.shutil.rmtree = lambda path, **_: die() if "old" in path.name else None
 checkpoint.save(folder, 3, {"weights": torch.ones(4)}, {})
 """
@@ -170,7 +170,7 @@ def test_storage_failure_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(StorageError, match="No space left on device; it needs about 1 MiB") as raised:
         checkpoint.save(tmp_path, 3, tensors(3), {})
     assert raised.value.exit_code == 83

@@ -323,7 +323,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, name, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(embeddings, "_sync", full)
+    monkeypatch.setattr(embeddings, "sync", full)
     with pytest.raises(StorageError, match="No space left on device"):
         write_embeddings(tmp_path / name, vectors + 1, ids, names)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from nnclr import encoder as encoder_module
-from nnclr.encoder import Encoder, golden_image
+from nnclr.encoder import Encoder
 from nnclr.errors import InputError
+from nnclr.golden import golden_image
 from nnclr.models.backbone import create_backbone
 from nnclr.pretrained import open_encoder
 
@@ -105,7 +106,8 @@ def test_other_weights_are_noticed(saved):
     _, folder = saved
     path = folder / "model.safetensors"
     with safetensors.safe_open(path, "pt") as file:
-        metadata, weights = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping to iterate
     first = next(key for key in sorted(weights) if weights[key].ndim == 4 and weights[key].shape[1] == 3)
     weights[first] = weights[first].flip(1).contiguous()  # as a network for BGR
     safetensors.torch.save_file(weights, path, metadata)

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def events(folder, purge=True):
 def test_tensorboard_reads_what_the_run_folder_has(monkeypatch, pictures, tmp_path, tiny):
     """Also after a kill: the steps that were repeated are there once."""
     settings = tiny | {"log_to": ["tensorboard"]}
-    wait = lambda: time.sleep(1.1)  # noqa: E731 - event files are ordered by the second in their name
+    wait = partial(time.sleep, 1.1)  # event files are ordered by the second in their name
     run = killed_and_resumed(monkeypatch, pictures, tmp_path / "run", settings, wait)
     found = events(run.path / "tensorboard")
     wanted = expected(run)

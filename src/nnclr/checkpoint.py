@@ -140,12 +140,12 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         files = {name: _fingerprint(temporary / name) for name in (_TENSORS, _STATE)}
         (temporary / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}))
         for name in (_TENSORS, _STATE, _MANIFEST):
-            _sync(temporary / name)
-        _sync(temporary)
+            sync(temporary / name)
+        sync(temporary)
         if final.exists():  # it failed verification above
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(value.nbytes for value in tensors.values()) >> 20
@@ -228,7 +228,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before anything that follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nnclr import __version__
 from nnclr.checkpoint import lock, write_atomically
-from nnclr.data.augment import eval_image, normalize
 from nnclr.data.decode import BadImage
-from nnclr.data.images import Source, cell, printable
+from nnclr.data.images import Source, cell, printable, shown
 from nnclr.data.source import open_source
 from nnclr.embeddings import Block, companions, header_of, open_embeddings, refuse_name, store
 from nnclr.encoder import Encoder
@@ -93,7 +91,7 @@ def embed_to_file(
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{_shown(folder)} could not be made: {error.strerror}") from error
+        raise StorageError(f"{shown(folder)} could not be made: {error.strerror}") from error
     with lock(folder), StopRequest() as stop:
         if _is_done(out, folder, facts, say):  # by the process that held the lock
             return out
@@ -176,18 +174,13 @@ class _Embedder:
     def _image(self, i: int) -> np.ndarray | str:
         """The view of an image, (3, s, s) uint8, or why there is none."""
         try:
-            return eval_image(self.source.read(i), self.encoder.image_size, self.encoder.crop_pct)
+            return self.encoder.view(self.source.read(i))
         except BadImage as error:
             return printable(str(error).encode("utf-8", "surrogateescape"))
 
     def _vectors(self, batch: range, decoded: list[np.ndarray | str]) -> np.ndarray:
-        encoder = self.encoder
-        # A blank in place of a bad image: the batch keeps its size, and each of its rows its exact value.
-        blank = np.zeros((3, encoder.image_size, encoder.image_size), np.uint8)
-        images = torch.from_numpy(np.stack([blank if isinstance(image, str) else image for image in decoded]))
-        views = normalize(images.to(encoder.device).float() / 255, encoder.mean, encoder.std)
         good = [row for row, image in enumerate(decoded) if not isinstance(image, str)]
-        exact = encoder.features(views).cpu().numpy()[good]
+        exact = self.encoder.embed_views([None if isinstance(image, str) else image for image in decoded])[good]
         for row, vector in zip(good, exact, strict=True):
             if not np.isfinite(vector).all():
                 image = self.source.describe(batch[row])
@@ -271,13 +264,13 @@ def _is_done(out: Path, folder: Path, facts: dict[str, Any], say: Callable[[str]
         return False
     if differing := _differing(header_of(out), facts):
         raise InputError(
-            f"{_shown(out)} exists and is not what is asked for (other {differing}); choose another --out, or "
+            f"{shown(out)} exists and is not what is asked for (other {differing}); choose another --out, or "
             "delete it first"
         )
     if out.suffix == ".npy":  # the facts are another file's
         open_embeddings(out)
     shutil.rmtree(folder, ignore_errors=True)  # what a kill behind the last step left
-    say(f"{_shown(out)} is done already: it holds these images, embedded by this encoder")
+    say(f"{shown(out)} is done already: it holds these images, embedded by this encoder")
     return True
 
 
@@ -287,7 +280,7 @@ def _refuse_companions(out: Path, facts: dict[str, Any]) -> None:
     for file in (ids, described) if out.suffix == ".npy" else ():
         if file.exists() and _differing(header_of(out), facts):
             raise InputError(
-                f"{_shown(file)} exists, and would be written with {out.name}; choose another --out, or delete it"
+                f"{shown(file)} exists, and would be written with {out.name}; choose another --out, or delete it"
             )
 
 
@@ -301,8 +294,8 @@ def _claim(parts: _Parts, out: Path, facts: dict[str, Any]) -> None:
         differing = ""
     if differing:
         raise InputError(
-            f"{_shown(parts.folder)} holds unfinished parts of something else (other {differing}); finish that with "
-            f"the command it was begun with, delete the folder, or choose another --out than {_shown(out)}"
+            f"{shown(parts.folder)} holds unfinished parts of something else (other {differing}); finish that with "
+            f"the command it was begun with, delete the folder, or choose another --out than {shown(out)}"
         )
     write_atomically(file, json.dumps(facts, indent=1).encode())
 
@@ -372,10 +365,10 @@ def _assemble(
     listed = _list_skipped(parts, source, out, skipped)
     store(out, (n, parts.dimension), parts.dtype, blocks(), source.class_names, facts, parts.folder)
     size = out.stat().st_size / 2**20
-    say(f"{_shown(out)}: {n} embeddings of {parts.dimension} numbers, {parts.dtype}, {size:.3g} MiB")
+    say(f"{shown(out)}: {n} embeddings of {parts.dimension} numbers, {parts.dtype}, {size:.3g} MiB")
     if skipped:
         more = ", ..." if len(skipped) > len(first) else ""
-        say(f"{len(skipped)} images could not be read, see {_shown(listed)}: {', '.join(first)}{more}")
+        say(f"{len(skipped)} images could not be read, see {shown(listed)}: {', '.join(first)}{more}")
 
 
 def _list_skipped(parts: _Parts, source: Source, out: Path, skipped: list[tuple[int, str]]) -> Path:
@@ -393,7 +386,7 @@ def _list_skipped(parts: _Parts, source: Source, out: Path, skipped: list[tuple[
         else:
             listed.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{_shown(listed)} could not be written: {error.strerror}") from error
+        raise StorageError(f"{shown(listed)} could not be written: {error.strerror}") from error
     return listed
 
 
@@ -401,10 +394,6 @@ def _whole(parts: _Parts, rows: range) -> tuple[np.ndarray, list[tuple[int, str]
     part = parts.read(rows)
     if part is None:
         raise StorageError(
-            f"a part in {_shown(parts.folder)} was damaged after it was written; run the same command again"
+            f"a part in {shown(parts.folder)} was damaged after it was written; run the same command again"
         )
     return part
-
-
-def _shown(path: Path) -> str:
-    return printable(os.fsencode(path))

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from nnclr.data.images import printable
+from nnclr.checkpoint import sync
+from nnclr.data.images import printable, shown
+from nnclr.encoder import Encoder
 from nnclr.errors import InputError, StorageError
 
 FORMAT = 1
@@ -61,6 +63,14 @@ class Embeddings:
         return self.class_names[int(self.labels[row])]
 
 
+def other_encoder(facts: dict[str, Any], encoder: Encoder) -> str | None:
+    """What of an encoder is not that of the one that made some embeddings: `weights`, `preprocessing`, or None."""
+    if facts.get("encoder_fingerprint") != encoder.fingerprint:
+        return "weights"
+    same = facts.get("preprocessing", encoder.preprocessing) == encoder.preprocessing
+    return None if same else "preprocessing"
+
+
 @dataclass(frozen=True)
 class Block:
     """Some rows on their way into a file."""
@@ -88,9 +98,9 @@ def open_embeddings(path: str | Path, verify: bool = False) -> Embeddings:
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".npy"):
-        raise InputError(f"{_shown(path)} is no file of embeddings: it must end in .parquet or .npy")
+        raise InputError(f"{shown(path)} is no file of embeddings: it must end in .parquet or .npy")
     if not path.is_file():
-        raise InputError(f"{_shown(path)} does not exist; `nnclr embed` writes such a file")
+        raise InputError(f"{shown(path)} does not exist; `nnclr embed` writes such a file")
     embeddings, checksums = _open_parquet(path) if path.suffix == ".parquet" else _open_npy(path)
     _refuse_damage(embeddings, checksums, verify)
     return embeddings
@@ -183,12 +193,12 @@ def store(
             made = [described, ids, *made]  # the vectors appear last: without them there is no file
             _write_npy(made, shape, dtype, blocks, class_names, text)
         for file in made:
-            _sync(file)
+            sync(file)
         for file in made:
             file.replace(path.with_name(file.name))
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
-        raise StorageError(f"{_shown(path)} could not be written: {error.strerror or error}") from error
+        raise StorageError(f"{shown(path)} could not be written: {error.strerror or error}") from error
 
 
 def refuse_name(path: Path) -> None:
@@ -198,9 +208,9 @@ def refuse_name(path: Path) -> None:
         InputError: if it ends in something else than .parquet or .npy, or its folder does not exist.
     """
     if path.suffix not in (".parquet", ".npy"):
-        raise InputError(f"--out {_shown(path)} must end in .parquet or .npy")
+        raise InputError(f"--out {shown(path)} must end in .parquet or .npy")
     if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"--out {_shown(path)} must be a file in a folder that exists")
+        raise InputError(f"--out {shown(path)} must be a file in a folder that exists")
     if path.suffix == ".parquet":
         _pyarrow(path)
 
@@ -295,14 +305,14 @@ def _open_parquet(path: Path) -> tuple[Embeddings, np.ndarray | None]:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             if "embedding" not in schema.names:
-                raise InputError(f"{_shown(path)} has no column 'embedding'; it has {', '.join(schema.names)}")
+                raise InputError(f"{shown(path)} has no column 'embedding'; it has {', '.join(schema.names)}")
             ours = (schema.metadata or {}).get(b"nnclr")
             facts, class_names = ({}, None) if ours is None else _facts_of(ours)
             vectors = _vectors(file, path)
             wanted = [name for name in ("id", *_NAME_COLUMNS, "label", "checksum") if name in schema.names]
             table = file.read(columns=wanted, use_threads=False)
         n = len(vectors)
-        ids, names = np.arange(n), [f"{_shown(path)}#{i}" for i in range(n)]
+        ids, names = np.arange(n), [f"{shown(path)}#{i}" for i in range(n)]
         if "id" in wanted and pa.types.is_integer(table["id"].type) and not table["id"].null_count:
             ids = table["id"].to_numpy().astype(np.int64)
         for column in reversed([name for name in wanted if name in _NAME_COLUMNS]):
@@ -312,7 +322,7 @@ def _open_parquet(path: Path) -> tuple[Embeddings, np.ndarray | None]:
         labels, class_names = _labels(table["label"].to_pylist() if "label" in wanted else [], class_names)
         checksums = table["checksum"].to_numpy() if ours is not None and "checksum" in wanted else None
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise InputError(f"{_shown(path)} is not a readable file of embeddings: {str(error)[:120]}") from error
+        raise InputError(f"{shown(path)} is not a readable file of embeddings: {str(error)[:120]}") from error
     return Embeddings(path, vectors, ids, names, labels, class_names, facts), checksums
 
 
@@ -326,7 +336,7 @@ def _vectors(file: Any, path: Path) -> np.ndarray:
     if not (fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_floating(
         kind.value_type
     ):
-        raise InputError(f"{_shown(path)}: column 'embedding' holds {kind}, not lists of float32 or float16")
+        raise InputError(f"{shown(path)}: column 'embedding' holds {kind}, not lists of float32 or float16")
     vectors, filled = np.empty((0, 0), np.float32), 0
     for batch in file.iter_batches(_BLOCK, columns=["embedding"], use_threads=False):
         column = batch.column(0)
@@ -337,12 +347,12 @@ def _vectors(file: Any, path: Path) -> np.ndarray:
             _refuse_size(path, n, dimension or 0, dtype)
             vectors = np.empty((n, dimension), dtype)
         if lengths - {vectors.shape[1]}:
-            raise InputError(f"{_shown(path)}: the embeddings of rows {filled} and after differ in length")
+            raise InputError(f"{shown(path)}: the embeddings of rows {filled} and after differ in length")
         values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
         vectors[filled : filled + len(batch)] = values
         filled += len(batch)
     if filled != n or not vectors.size:
-        raise InputError(f"{_shown(path)} holds no embeddings")
+        raise InputError(f"{shown(path)} holds no embeddings")
     return vectors
 
 
@@ -351,7 +361,7 @@ def _refuse_size(path: Path, n: int, dimension: int, dtype: Any) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(
-            f"{_shown(path)} needs {needed >> 30} GiB of memory and the machine has {there >> 30}; embed into a "
+            f"{shown(path)} needs {needed >> 30} GiB of memory and the machine has {there >> 30}; embed into a "
             ".npy, which is read from the disk as it is needed"
         )
 
@@ -380,25 +390,25 @@ def _open_npy(path: Path) -> tuple[Embeddings, np.ndarray | None]:
         vectors: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{_shown(path)} is not a readable .npy of numbers: {reason}") from error
+        raise InputError(f"{shown(path)} is not a readable .npy of numbers: {reason}") from error
     if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype.kind != "f":
         held = f"{vectors.shape} {vectors.dtype}"
-        raise InputError(f"{_shown(path)} must hold (n, d) float32 or float16, it holds {held}")
+        raise InputError(f"{shown(path)} must hold (n, d) float32 or float16, it holds {held}")
     if vectors.dtype not in (np.float32, np.float16):
         _refuse_size(path, vectors.shape[0], vectors.shape[1], np.float32)
         vectors = vectors.astype(np.float32)
     ids_csv, facts_json = companions(path)
     if not ids_csv.exists() and not facts_json.exists():
-        names = [f"{_shown(path)}#{i}" for i in range(len(vectors))]
+        names = [f"{shown(path)}#{i}" for i in range(len(vectors))]
         return Embeddings(path, vectors, np.arange(len(vectors)), names, None, None, {}), None
     try:
         facts, class_names = _facts_of(facts_json.read_bytes())
         ids, names, texts, checksums = _ids(ids_csv, len(vectors))
         labels, class_names = _labels(texts, class_names)
     except FileNotFoundError as error:
-        raise InputError(f"{_shown(path)}: {Path(error.filename).name}, which belongs to it, is missing") from error
+        raise InputError(f"{shown(path)}: {Path(error.filename).name}, which belongs to it, is missing") from error
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error) as error:
-        raise InputError(f"{_shown(path)}: the files beside it cannot be read: {str(error)[:120]}") from error
+        raise InputError(f"{shown(path)}: the files beside it cannot be read: {str(error)[:120]}") from error
     return Embeddings(path, vectors, ids, names, labels, class_names, facts), checksums
 
 
@@ -429,7 +439,7 @@ def _facts_of(text: str | bytes) -> tuple[dict[str, Any], tuple[str, ...] | None
 
 
 def _refuse_damage(embeddings: Embeddings, checksums: np.ndarray | None, verify: bool) -> None:
-    n, path = len(embeddings), _shown(embeddings.path)
+    n, path = len(embeddings), shown(embeddings.path)
     if len(np.unique(embeddings.ids)) < n:
         raise InputError(f"{path} holds an id twice; every row needs its own")
     _refuse_non_finite(embeddings.vectors, path)
@@ -460,17 +470,5 @@ def _pyarrow(path: Path) -> tuple[Any, Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise InputError(f"{_shown(path)}: parquet needs pyarrow; pip install 'nnclr[parquet]', or use .npy") from None
+        raise InputError(f"{shown(path)}: parquet needs pyarrow; pip install 'nnclr[parquet]', or use .npy") from None
     return pa, pq
-
-
-def _shown(path: Path) -> str:
-    return printable(os.fsencode(path))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

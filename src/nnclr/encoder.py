@@ -14,7 +14,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,15 +32,11 @@ from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
+from nnclr.golden import compare, golden_image, sample, stored_golden, with_golden
 from nnclr.model_card import model_card, without_paths
 from nnclr.models.backbone import SMALL_IMAGE, create_backbone, feature_dim, timm_name
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
-_GOLDEN = "nnclr_golden"
-_GOLDEN_NUMBERS = 64
-# Float32 on another processor or with other threads moves features by about 1e-5 of the largest one, TF32 and a
-# Pillow that rounds otherwise by 1e-3; a crop 0.01 tighter, or a mean 0.01 off, moves them by 1e-2 and more.
-_LARGEST_DIFFERENCE, _SMALLEST_COSINE = 4e-3, 0.99999
 _LARGEST_SIDE = 2048  # pixels of an image that a config may ask for
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -119,13 +115,26 @@ class Encoder:
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
             for start in range(0, len(source), batch_size):
                 rows = range(start, min(start + batch_size, len(source)))
-                decoded = list(pool.map(lambda i: self._image(source, i), rows))
-                readable = torch.tensor([image is not None for image in decoded])
-                blank = np.zeros((3, self.image_size, self.image_size), np.uint8)
-                images = torch.from_numpy(np.stack([blank if i is None else i for i in decoded])).to(self.device)
-                features = self.features(normalize(images.float() / 255, self.mean, self.std)).cpu()
-                features[~readable] = torch.nan
-                yield features.numpy()
+                yield self.embed_views(list(pool.map(lambda i: self._view_of(source, i), rows)))
+
+    def view(self, image: np.ndarray) -> np.ndarray:
+        """What the module sees of an image (h, w, 3) uint8 of any size, before it is normalised: (3, s, s) uint8."""
+        return eval_image(image, self.image_size, self.crop_pct)
+
+    def normalized(self, views: np.ndarray) -> Tensor:
+        """Views (n, 3, s, s) uint8 as the module takes them, float32 where the module is."""
+        return normalize(torch.from_numpy(views).to(self.device).float() / 255, self.mean, self.std)
+
+    def embed_views(self, views: Sequence[np.ndarray | None]) -> np.ndarray:
+        """Features (n, d) float32 of views, each (3, s, s) uint8; the row of None is NaN.
+
+        A blank stands in for None, so that a batch keeps its size, and each other row its exact value.
+        """
+        blank = np.zeros((3, self.image_size, self.image_size), np.uint8)
+        filled = np.stack([blank if view is None else view for view in views])
+        features: np.ndarray = self.features(self.normalized(filled)).cpu().numpy()
+        features[[view is None for view in views]] = np.nan
+        return features
 
     @torch.no_grad()
     def features(self, views: Tensor) -> Tensor:
@@ -139,9 +148,9 @@ class Encoder:
         finally:
             self.module.train(was_training)
 
-    def _image(self, source: Source, i: int) -> np.ndarray | None:
+    def _view_of(self, source: Source, i: int) -> np.ndarray | None:
         try:
-            return eval_image(source.read(i), self.image_size, self.crop_pct)
+            return self.view(source.read(i))
         except BadImage:
             return None
 
@@ -150,10 +159,8 @@ class Encoder:
 
         Always on the CPU, because convolutions on a GPU round to TF32 unless they are told not to.
         """
-        pixels = eval_image(golden_image(), self.image_size, self.crop_pct)
-        views = normalize(torch.from_numpy(pixels)[None].float() / 255, self.mean, self.std)
         encoder = self if self.device.type == "cpu" else replace(self, module=on_cpu(self.module))
-        features: np.ndarray = encoder.features(views)[0].numpy()
+        features: np.ndarray = encoder.embed_views([encoder.view(golden_image())])[0]
         return features
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -170,7 +177,7 @@ class Encoder:
         content = safetensors.torch.save(weights, {"format": "pt"})
         golden = self.golden_features()
         if np.isfinite(golden).all():
-            content = _with_metadata(content, _GOLDEN, json.dumps(_some(golden).tolist()))
+            content = with_golden(content, golden)
         write_atomically(folder / _WEIGHTS, content)
         write_atomically(folder / _CONFIG, (json.dumps(self._config(width), indent=2) + "\n").encode())
 
@@ -285,13 +292,13 @@ class Encoder:
             config = json.loads((folder / _CONFIG).read_text())
             network, settings = _read(config, folder / _WEIGHTS, module)
             encoder = cls(network.eval(), name=str(path) if name is None else f"hf:{name}", **settings)
-            stored = _stored_golden(folder / _WEIGHTS)
-            found = None if stored is None else _some(encoder.golden_features())
+            stored = stored_golden(folder / _WEIGHTS)
+            found = None if stored is None else sample(encoder.golden_features())
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
                 safetensors.SafetensorError) as error:  # fmt: skip
             raise InputError(f"the encoder in {path} cannot be loaded: {_reason(error)}") from error
         if stored is not None and found is not None:
-            _compare(found, stored, str(path))
+            compare(found, stored, str(path))
         elif "nnclr" in config:
             warnings.warn(
                 f"{path} was saved without a golden vector: that preprocessing and weights belong together "
@@ -300,67 +307,6 @@ class Encoder:
             )
         encoder.module.to(device)
         return encoder
-
-
-def golden_image() -> np.ndarray:
-    """A picture (277, 331, 3) uint8 of integer arithmetic, the same everywhere.
-
-    Its channels have other levels and other patterns, coarse to fine, so that exchanged channels, another mean,
-    size, crop or interpolation change the features.
-    """
-    y, x = np.mgrid[:277, :331]
-    red = 96 + (y * y // 24 + 3 * x) % 160
-    green = (x * x // 31 + 2 * y) % 256
-    blue = (x // 23 + y // 19) % 2 * 56 + x * y // 97 % 56
-    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
-
-
-def _some(features: np.ndarray) -> np.ndarray:
-    """Up to 64 of the features, evenly spaced: enough to notice any change, and small."""
-    chosen = np.linspace(0, len(features) - 1, min(len(features), _GOLDEN_NUMBERS)).round().astype(int)
-    some: np.ndarray = features[chosen]
-    return some
-
-
-def _compare(found: np.ndarray, stored: np.ndarray, path: str) -> None:
-    """Raise an InputError unless the features are those that were stored."""
-    if found.shape != stored.shape:
-        raise InputError(f"the encoder in {path} has a golden vector of another width than its features")
-    scale = float(np.abs(stored).max())
-    difference = float(np.abs(found - stored).max()) / max(scale, 1e-12)
-    norms = float(np.linalg.norm(found) * np.linalg.norm(stored))
-    cosine = float(found @ stored) / norms if norms else 1.0
-    if not (difference <= _LARGEST_DIFFERENCE and cosine >= _SMALLEST_COSINE):
-        raise InputError(
-            f"the encoder in {path} does not give the features it was saved with: the preprocessing in {_CONFIG} "
-            f"(size, crop, mean, std) or the weights in {_WEIGHTS} do not match (largest difference "
-            f"{difference:.1%} of the largest feature, cosine {cosine:.6f}); use the two files of one save"
-        )
-
-
-def _with_metadata(content: bytes, key: str, value: str) -> bytes:
-    """A safetensors file with one more entry of metadata.
-
-    The library writes several entries in random order; a file has to depend on what is in it alone.
-    """
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"][key] = value
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]])
-
-
-def _stored_golden(path: Path) -> np.ndarray | None:
-    """The features in a weights file's metadata; None where there are none."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(_GOLDEN)
-    if text is None:
-        return None
-    stored = np.array(json.loads(text), np.float32)
-    if stored.ndim != 1 or not len(stored):
-        raise ValueError("its golden vector is none")
-    return stored
 
 
 def on_cpu(module: nn.Module) -> nn.Module:

@@ -50,3 +50,9 @@ class NoCheckpointError(NNCLRError):
     """Checkpoints exist, but none of them passes its manifest."""
 
     exit_code = 86
+
+
+def first_line(error: Exception) -> str:
+    """What another library says in the first line of its error, or the error's kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__

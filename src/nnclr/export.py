@@ -11,14 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nnclr.data.augment import eval_image, normalize
-from nnclr.encoder import Encoder, golden_image, on_cpu
-from nnclr.errors import InputError, StorageError
+from nnclr.checkpoint import sync
+from nnclr.encoder import Encoder, on_cpu
+from nnclr.errors import InputError, StorageError, first_line
+from nnclr.golden import golden_image
 from nnclr.model_card import versions, without_paths
 from nnclr.models.backbone import without_classifier
 
@@ -69,9 +71,9 @@ def export(
     try:
         said = writers[format](encoder, temporary, out.name, run)
         for path in [*temporary.glob("*"), temporary]:
-            _sync(path)
+            sync(path)
         os.rename(temporary, out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise StorageError(f"{out} could not be written: {error.strerror or error}") from error
     finally:
@@ -211,7 +213,9 @@ def _onnx(encoder: Encoder, path: Path, title: str, run: str | Path | None) -> l
         try:
             found = torch.from_numpy(session.run(["features"], {"images": views.numpy()})[0])
         except Exception as error:
-            raise InputError(f"onnxruntime cannot run a batch of {batch}: {_reason(error)}; nothing is kept") from error
+            raise InputError(
+                f"onnxruntime cannot run a batch of {batch}: {first_line(error)}; nothing is kept"
+            ) from error
         expected = encoder.features(views)
         difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
         cosines = nn.functional.cosine_similarity(found, expected)
@@ -246,7 +250,7 @@ def _onnx_model(encoder: Encoder) -> Any:
             assert program is not None  # it is None for the exporter of old alone
             model = program.model_proto
     except Exception as error:
-        raise InputError(f"this network cannot be exported to ONNX: {_reason(error)}") from error
+        raise InputError(f"this network cannot be exported to ONNX: {first_line(error)}") from error
     graph = model.graph
     noted = [model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info]
     noted += [part for function in model.functions for part in (function, *function.node, *function.value_info)]
@@ -286,7 +290,7 @@ def _timm_arguments(encoder: Encoder) -> dict[str, int]:
 
 def _other_network(name: str, error: Exception) -> InputError:
     return InputError(
-        f"timm's {name} is another network than this one ({_reason(error)}); export to torchvision or onnx"
+        f"timm's {name} is another network than this one ({first_line(error)}); export to torchvision or onnx"
     )
 
 
@@ -328,9 +332,8 @@ def _difference(encoder: Encoder, stock: Callable[[Tensor], Tensor], library: st
 def _views(encoder: Encoder, count: int) -> Tensor:
     """Normalised images (count, 3, s, s): the golden one, then noise."""
     size = encoder.image_size
-    pixels = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0))
-    pixels[0] = torch.from_numpy(eval_image(golden_image(), size, encoder.crop_pct))
-    return normalize(pixels.float() / 255, encoder.mean, encoder.std)
+    noise = torch.randint(0, 256, (count - 1, 3, size, size), generator=torch.Generator().manual_seed(0))
+    return encoder.normalized(np.concatenate([encoder.view(golden_image())[None], noise.numpy().astype(np.uint8)]))
 
 
 def _preprocessing_in_words(encoder: Encoder) -> str:
@@ -349,15 +352,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nnclr.data.source import parse_query
 from nnclr.encoder import Encoder
-from nnclr.errors import InputError
+from nnclr.errors import InputError, first_line
 from nnclr.importers import import_checkpoint, read_checkpoint
 from nnclr.models.backbone import create_backbone, without_classifier
 
@@ -104,7 +104,7 @@ def _timm(name: str) -> Encoder:
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0).eval()
     except Exception as error:
-        raise InputError(f"timm:{name} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"timm:{name} cannot be loaded: {first_line(error)}") from error
     config = module.pretrained_cfg
     size, provenance = int(config["input_size"][-1]), {"backbone": f"timm/{bare}"}
     mean, std = tuple(config["mean"]), tuple(config["std"])
@@ -134,7 +134,7 @@ def _torchvision(name: str, weights: str | None = None) -> Encoder:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"torchvision:{name} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"torchvision:{name} cannot be loaded: {first_line(error)}") from error
     encoder.module = without_classifier(module, name).eval()
     return encoder
 
@@ -165,7 +165,3 @@ def _numbers(query: str, known: set[str]) -> dict[str, int]:
         return {name: int(value) for name, value in parse_query(query, known).items()}
     except ValueError as error:
         raise InputError(f"'{query}' after the ? must hold whole numbers") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

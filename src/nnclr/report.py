@@ -131,12 +131,12 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
             note = (
                 f"chance {chance[-1][1]:.3f}" if name == "loss" and chance else f"{show.format(points[0][1])} at first"
             )
-            tiles.append((label, show.format(points[-1][1]), note))
+            tiles.append((label, show.format(points[-1][1]).replace("%", " %"), note.replace("%", " %")))
     if record.metrics:
         total = "" if record.total is None else f"of {record.total:,}"
         took = f", {duration(seconds(record))}" if seconds(record) else ""
         tiles.append(("Steps", f"{record.step:,}", f"{total}{took}".strip(", ")))
-    return [tuple(part.replace("%", " %") for part in tile) for tile in tiles]  # type: ignore[misc]
+    return tiles
 
 
 def _summary(record: Record) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from nnclr.checkpoint import write_atomically
-from nnclr.data.images import cell, printable
-from nnclr.embeddings import Embeddings, companions, open_embeddings
+from nnclr.data.images import cell, shown
+from nnclr.embeddings import Embeddings, companions, open_embeddings, other_encoder
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
 from nnclr.neighbours import Duplicates, Hints, near_duplicates
@@ -91,13 +91,13 @@ def run_search(
         text, table = duplicates_table(opened, pairs, duplicates), duplicates_csv(opened, pairs)
     else:
         if opened.labels is None:
-            raise InputError(f"{_shown(embeddings)} has no labels, so none can be wrong")
+            raise InputError(f"{shown(embeddings)} has no labels, so none can be wrong")
         wrong = find_hints(_index(opened, approximate, say), opened.labels, k, say)
         text, table = hints_table(opened, wrong), hints_csv(opened, wrong)
     if out is None:
         return text
     write_atomically(Path(out), table.encode())
-    return f"{text}\nall of it: {_shown(out)}"
+    return f"{text}\nall of it: {shown(out)}"
 
 
 def search_file(
@@ -138,7 +138,7 @@ def _search(
     rows = _rows(opened, ids)
     asked = [_picture_vectors(opened, pictures, encoder, say)] if pictures else []
     index = _index(opened, approximate, say)
-    names = [*map(_shown, pictures), *(f"id {i}" for i in ids)]
+    names = [*map(shown, pictures), *(f"id {i}" for i in ids)]
     if together:
         vectors = np.concatenate([*asked, opened.vectors[rows].astype(np.float32)]).astype(np.float64)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -172,7 +172,7 @@ def _rows(opened: Embeddings, ids: Sequence[int]) -> np.ndarray:
     missing = wanted[opened.ids[rows] != wanted]
     if len(missing):
         raise InputError(
-            f"{_shown(opened.path)} has no id {missing[0]}; its {len(opened)} ids go from {opened.ids.min()} to "
+            f"{shown(opened.path)} has no id {missing[0]}; its {len(opened)} ids go from {opened.ids.min()} to "
             f"{opened.ids.max()}, less the pictures that could not be read"
         )
     return rows
@@ -185,24 +185,17 @@ def _picture_vectors(
     say: Callable[[str], None],
 ) -> np.ndarray:
     """Embeddings (q, d) float32 of picture files by the encoder that made the others."""
-    import torch
-
-    from nnclr.data.augment import eval_image, normalize
     from nnclr.data.decode import BadImage, decode, read_file
 
-    images = []
+    views = []
     made_by = _encoder(opened, encoder, say)
     for picture in pictures:
         try:
             image = decode(read_file(os.fspath(picture)))
         except BadImage as error:
-            raise InputError(f"{_shown(picture)} cannot be used as a query: {error}") from error
-        images.append(torch.from_numpy(eval_image(image, made_by.image_size, made_by.crop_pct)))
-    vectors = []
-    for start in range(0, len(images), _BATCH):
-        views = torch.stack(images[start : start + _BATCH]).to(made_by.device).float() / 255
-        vectors.append(made_by.features(normalize(views, made_by.mean, made_by.std)).cpu().numpy())
-    return np.concatenate(vectors)
+            raise InputError(f"{shown(picture)} cannot be used as a query: {error}") from error
+        views.append(made_by.view(image))
+    return np.concatenate([made_by.embed_views(views[i : i + _BATCH]) for i in range(0, len(views), _BATCH)])
 
 
 def _encoder(opened: Embeddings, spec: Encoder | str | Path | None, say: Callable[[str], None]) -> Encoder:
@@ -213,20 +206,20 @@ def _encoder(opened: Embeddings, spec: Encoder | str | Path | None, say: Callabl
     """
     from nnclr.pretrained import open_encoder
 
-    shown, facts = _shown(opened.path), opened.facts
+    name, facts = shown(opened.path), opened.facts
     named = facts.get("encoder")
     if spec is None and not isinstance(named, str):
-        raise InputError(f"{shown} does not say which encoder made it; name it by --encoder, or ask by --id")
+        raise InputError(f"{name} does not say which encoder made it; name it by --encoder, or ask by --id")
     encoder = open_encoder(str(named) if spec is None else spec)
     if "encoder_fingerprint" not in facts:
-        say(f"{shown} does not say which encoder made it: answers make sense only if it was this one")
-    elif facts["encoder_fingerprint"] != encoder.fingerprint:
+        say(f"{name} does not say which encoder made it: answers make sense only if it was this one")
+    elif (differing := other_encoder(facts, encoder)) == "weights":
         raise InputError(
-            f"{encoder.name or 'this encoder'} has other weights than those that made {shown}; embed the data anew, or "
+            f"{encoder.name or 'this encoder'} has other weights than those that made {name}; embed the data anew, or "
             "name the encoder that made it by --encoder"
         )
-    elif facts.get("preprocessing") != encoder.preprocessing:
-        raise InputError(f"{shown} was made with another image size, crop or normalisation than this encoder has")
+    elif differing == "preprocessing":
+        raise InputError(f"{name} was made with another image size, crop or normalisation than this encoder has")
     return encoder
 
 
@@ -238,23 +231,21 @@ def _index(opened: Embeddings, approximate: bool, say: Callable[[str], None]) ->
     kept = opened.path.with_name(opened.path.name + ".faiss")
     index = NeighbourIndex(opened.vectors, approximate=True, path=kept)
     made = "built" if index.built else "read from"
-    say(
-        f"approximate index {made} {_shown(kept)}: it finds {100 * (index.recall or 0):.1f} % of the 10 true neighbours"
-    )
+    say(f"approximate index {made} {shown(kept)}: it finds {100 * (index.recall or 0):.1f} % of the 10 true neighbours")
     return index
 
 
 def _refuse_out(out: Path, embeddings: Path) -> None:
     if out.suffix != ".csv" or not out.parent.is_dir() or out.is_dir():
-        raise InputError(f"--out {_shown(out)} must be a .csv file in a folder that exists")
+        raise InputError(f"--out {shown(out)} must be a .csv file in a folder that exists")
     own = {*companions(embeddings), embeddings.with_suffix(".skipped.csv")}
     if os.path.abspath(out) in {os.path.abspath(file) for file in own}:
-        raise InputError(f"--out {_shown(out)} belongs to the embeddings; choose another name")
+        raise InputError(f"--out {shown(out)} belongs to the embeddings; choose another name")
     if out.is_file():
         with open(out, "rb") as file:
             head = file.readline(200).decode("utf-8", "replace").strip()
         if head not in {",".join(header) for header in (_ANSWERS, _DUPLICATES, _HINTS)}:
-            raise InputError(f"--out {_shown(out)} exists and holds no results of a search; choose another name")
+            raise InputError(f"--out {shown(out)} exists and holds no results of a search; choose another name")
 
 
 def results_table(found: Iterable[Found]) -> str:
@@ -345,9 +336,9 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns under each other, numbers to the right; a column without any entry is left out."""
-    shown = [[str(value) for value in row] for row in rows[:_SHOWN]]
-    columns = [i for i in range(len(header)) if any(row[i] for row in shown)]
-    lines = [[line[i] for i in columns] for line in [list(header), *shown]]
+    visible = [[str(value) for value in row] for row in rows[:_SHOWN]]
+    columns = [i for i in range(len(header)) if any(row[i] for row in visible)]
+    lines = [[line[i] for i in columns] for line in [list(header), *visible]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     right = [lines[-1][i][:1].isdigit() or lines[-1][i][:2].lstrip("-").isdigit() for i in range(len(columns))]
     right[-1] = False  # the path
@@ -355,9 +346,5 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         "  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(line, widths, right, strict=True)).rstrip()
         for line in lines
     )
-    more = len(rows) - len(shown)
+    more = len(rows) - len(visible)
     return text + (f"\n... and {more} more: --out FILE.csv lists all" if more else "")
-
-
-def _shown(path: str | Path) -> str:
-    return printable(os.fsencode(path))

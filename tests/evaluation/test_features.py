@@ -187,13 +187,16 @@ print(peak[0] - before)
 def test_no_protocol_copies_the_features(tmp_path):
     """82 MB of features from disk; the control is a normalised copy of them."""
 
+    # Freed blocks go back at once, or the account holds what the allocator keeps for later, 40 MB more or less.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+
     def extra(protocol):
         command = [sys.executable, "-c", MEASURE, str(tmp_path / "x.npy"), protocol]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return float(answer.stdout)
 
     megabytes = 40_000 * 512 * 4 / 2**20
     assert extra("copy") > 0.9 * megabytes
-    assert extra("linear") < 0.6 * megabytes  # blocks of 2048 rows in float64
-    assert extra("knn") < 1.6 * megabytes  # blocks of similarities, 64 MiB whatever the number of rows
+    assert extra("linear") < 0.3 * megabytes  # blocks of 2048 rows in float64
+    assert extra("knn") < 0.8 * megabytes  # blocks of similarities, whatever the number of rows
     assert torch.get_num_threads() == 1

@@ -191,8 +191,14 @@ def test_ports_and_hosts(embedded):
         one.close()
 
 
-def test_ctrl_c_ends_quietly(embedded):
-    code = (
+@pytest.mark.parametrize("early", [False, True])
+def test_ctrl_c_ends_quietly(embedded, early):
+    """Also where it comes before the server looks after signals: then its coroutine would never be awaited."""
+    before = "import signal, uvicorn; real = uvicorn.Server.serve\n"
+    before += "def serve(self, sockets=None):\n"
+    before += "    coroutine = real(self, sockets); signal.raise_signal(signal.SIGINT); return coroutine\n"
+    before += "uvicorn.Server.serve = serve\n"
+    code = (before if early else "") + (
         "import sys; from nnclr.explorer import explore; "
         "explore(sys.argv[1:], port=0, projection='pca', open_browser=False, say=lambda line: print(line, flush=True))"
     )
@@ -200,7 +206,8 @@ def test_ctrl_c_ends_quietly(embedded):
         [sys.executable, "-c", code, embedded / "8.parquet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert "pictures at http://127.0.0.1:" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    if not early:
+        process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=20)
     assert (process.returncode, out, errors) == (0, "explorer ended\n", "")
 

@@ -4,6 +4,7 @@ An image's id is its index in the source; the order is fixed by names, never by 
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,6 +143,11 @@ def printable(name: bytes) -> str:
     """A file name as text for people: control characters and bytes that are no UTF-8 appear escaped."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as text for people."""
+    return printable(os.fsencode(path))
 
 
 def cell(value: object) -> object:

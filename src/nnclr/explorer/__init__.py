@@ -5,9 +5,11 @@ page in `static/`, and `guard.py` stands in front of it.
 """
 
 import ipaddress
+import signal
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,19 @@ from nnclr.errors import InputError
 from nnclr.explorer.atlas import write_atlas
 
 __all__ = ["explore", "write_atlas"]
+
+
+@contextmanager
+def _ends_on_ctrl_c(server: Any) -> Iterator[None]:
+    """Ctrl-C asks the server to end, also in the moment before it listens to signals itself."""
+    if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, server.handle_exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def explore(
@@ -62,10 +77,13 @@ def explore(
                 "warning: other machines can connect, and nothing is encrypted: whoever sees the address below, or "
                 "listens on the network, sees the pictures"
             )
-        say(f"{len(collection):,} pictures at {address}  (Ctrl-C ends)")
-        if open_browser:
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        make_server(Explorer(collection, host, token)).run(sockets)
+        server = make_server(Explorer(collection, host, token))
+        with _ends_on_ctrl_c(server):
+            say(f"{len(collection):,} pictures at {address}  (Ctrl-C ends)")
+            if open_browser:
+                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            server.run(sockets)
+        say("explorer ended")
     except KeyboardInterrupt:
         say("explorer ended")
     finally:

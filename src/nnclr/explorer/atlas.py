@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nnclr.checkpoint import sync
 from nnclr.data.decode import BadImage
 from nnclr.data.images import printable
 from nnclr.errors import InputError, StorageError
@@ -56,11 +57,7 @@ def write_atlas(
         with pq.ParquetWriter(temporary, _schema(pa, collection), compression="none") as writer:
             for columns in _blocks(collection, k):
                 writer.write_table(pa.table(columns, schema=writer.schema))
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(temporary)
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f"{shown} could not be written: {error.strerror or error}") from error

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from nnclr.data.decode import BadImage
-from nnclr.data.images import Source, printable
+from nnclr.data.images import Source, shown
 from nnclr.data.source import open_source
-from nnclr.embeddings import Embeddings, companions, open_embeddings
+from nnclr.embeddings import Embeddings, companions, open_embeddings, other_encoder
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
 from nnclr.explorer.projection import Projection, project
@@ -165,15 +165,13 @@ def _grouped(files: list[Embeddings]) -> list[list[Embeddings]]:
     for file in files:
         print_of = file.facts.get("encoder_fingerprint")
         if print_of is None and len(files) > 1:
-            raise InputError(
-                f"{_shown(file.path)} does not say which encoder made it, so it can only be explored alone"
-            )
+            raise InputError(f"{shown(file.path)} does not say which encoder made it, so it can only be explored alone")
         key = (print_of, repr(file.facts.get("preprocessing")), file.vectors.shape[1])
         groups.setdefault(key, []).append(file)
         data = [_data_key(other) for other in groups[key]]
         if data[-1] in data[:-1] and data[-1][0] is not None:
             other = groups[key][data.index(data[-1])]
-            raise InputError(f"{_shown(other.path)} and {_shown(file.path)} hold the same pictures by the same encoder")
+            raise InputError(f"{shown(other.path)} and {shown(file.path)} hold the same pictures by the same encoder")
     if len(groups) > 2:
         raise InputError(f"the files are of {len(groups)} encoders; explore shows one, or compares two")
     first, *others = groups.values()
@@ -184,7 +182,7 @@ def _grouped(files: list[Embeddings]) -> list[list[Embeddings]]:
         match = second.get(_data_key(file))
         if match is None or len(others[0]) != len(first) or not np.array_equal(match.ids, file.ids):
             raise InputError(
-                f"{_shown(file.path)} and {_shown(others[0][0].path)} are of different encoders and of different "
+                f"{shown(file.path)} and {shown(others[0][0].path)} are of different encoders and of different "
                 "pictures; to compare two encoders, embed the same data with both"
             )
     return [first, [second[_data_key(file)] for file in first]]
@@ -209,7 +207,7 @@ def _map_file(files: list[Embeddings]) -> Path:
 
 def _source(file: Embeddings, data: Any, notices: list[str]) -> Source | None:
     """The pictures of a file, or None and a notice if they are not the ones that were embedded."""
-    name, wanted = _shown(file.path), file.facts.get("data_fingerprint")
+    name, wanted = shown(file.path), file.facts.get("data_fingerprint")
     asked = file.facts.get("data") if data is None else data
     if asked is None:
         notices.append(f"No thumbnails: {name} does not say where its pictures are; name them with --data.")
@@ -238,7 +236,7 @@ def _fits(file: Embeddings, source: Source, known: bool) -> bool:
 
 def _encoder(file: Embeddings, asked: str | None, notices: list[str]) -> Encoder | None:
     """The encoder of a file, or None and a notice."""
-    name, wanted = _shown(file.path), file.facts.get("encoder_fingerprint")
+    name, wanted = shown(file.path), file.facts.get("encoder_fingerprint")
     candidates = [spec for spec in (asked, file.facts.get("encoder")) if spec]
     reason = f"{name} does not say which encoder made it" if wanted is None else "its encoder had no name"
     for spec in candidates if wanted is not None else []:
@@ -247,20 +245,20 @@ def _encoder(file: Embeddings, asked: str | None, notices: list[str]) -> Encoder
         except InputError as error:
             reason = str(error)
             continue
-        preprocessing = file.facts.get("preprocessing", encoder.preprocessing)
-        if encoder.fingerprint == wanted and encoder.preprocessing == preprocessing:
+        differing = other_encoder(file.facts, encoder)
+        if differing is None:
             return encoder
-        reason = f"{_shown(spec)} is not the encoder that made {name}: its weights or preprocessing differ"
+        reason = f"{shown(spec)} is not the encoder that made {name}: its {differing} differ"
     notices.append(f"No search by a picture of your own: {reason}; name the encoder with --encoder.")
     return None
 
 
 def _title(file: Embeddings) -> str:
-    return os.path.basename(_shown(str(file.facts.get("data_name") or file.path.name)).rstrip("/"))
+    return os.path.basename(shown(str(file.facts.get("data_name") or file.path.name)).rstrip("/"))
 
 
 def _encoder_name(file: Embeddings) -> str:
-    text = _shown(str(file.facts.get("encoder") or file.path.name))
+    text = shown(str(file.facts.get("encoder") or file.path.name))
     return text if ":" in text else os.path.basename(text.rstrip("/"))
 
 
@@ -288,7 +286,7 @@ def _file_column(files: list[Embeddings]) -> list[Column]:
     if len(files) == 1:
         return []
     codes = np.repeat(np.arange(len(files), dtype=np.int32), [len(file) for file in files])
-    return [Column("file", codes, tuple(_shown(file.path.name) for file in files), "file of embeddings")]
+    return [Column("file", codes, tuple(shown(file.path.name) for file in files), "file of embeddings")]
 
 
 def _cluster_columns(sides: list[Side]) -> list[Column]:
@@ -313,7 +311,3 @@ def _stamp(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _shown(path: str | Path) -> str:
-    return printable(os.fsencode(path))
