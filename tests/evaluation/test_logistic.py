@@ -6,7 +6,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from nnclr.errors import InputError
-from nnclr.evaluation.logistic import STRENGTHS, _fit, _Objective, fit_logistic, logistic_regression, logistic_scores
+from nnclr.evaluation import logistic
+from nnclr.evaluation.logistic import (
+    STRENGTHS,
+    _fit,
+    _Objective,
+    _Rows,
+    fit_logistic,
+    logistic_regression,
+    logistic_scores,
+)
 
 CLASSES = 4
 
@@ -110,28 +119,61 @@ def test_softmax_of_two_classes_is_scikit_learns_at_half_the_strength():
     np.testing.assert_allclose((ours[:, 1] - ours[:, 0])[:, None], theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("most_axes", [12, 11])  # along the principal axes, and along the features' own
 @pytest.mark.parametrize("kind", ["multinomial", "one-vs-rest"])
-def test_value_and_gradient_against_finite_differences(kind):
+def test_value_gradient_and_curvature_against_finite_differences(kind, most_axes, monkeypatch):
+    monkeypatch.setattr(logistic, "_MOST_AXES", most_axes)
     features, labels = clouds(90, 2.0)
+    features[:, 3] *= 50
     targets, reference = (labels, multinomial) if kind == "multinomial" else (problems(labels), binary)
     parts = [(torch.tensor(features[a]), torch.tensor(targets[a])) for a in (slice(0, 50), slice(50, 90))]
-    objective = _Objective(parts, 3.0, 16, "cpu")
-    inner = torch.randn(13, CLASSES, dtype=torch.float64)
+    objective = _Objective(_Rows(parts, "cpu", 16), 3.0, CLASSES)
+    mean = features.astype(np.float64).mean(axis=0)
 
-    def value(point):
-        """The reference at inner weights: of features less their mean, in units of their deviation."""
-        weights = point.copy()
-        weights[:-1] /= features.astype(np.float64).var(axis=0).mean() ** 0.5
-        weights[-1] -= features.astype(np.float64).mean(axis=0) @ weights[:-1]
+    def value(free):
+        """The reference at the weights that these free weights stand for."""
+        weights = objective.weights(torch.tensor(free)).numpy().copy()
+        weights[-1] -= mean @ weights[:-1]
         return reference(weights, features, targets, 3.0) / len(features)
 
-    ours, gradient = objective(inner)
-    assert ours == pytest.approx(value(inner.numpy()), rel=1e-12)
+    point = np.random.default_rng(5).normal(size=(13, CLASSES))
+    torch.testing.assert_close(objective.free(objective.weights(torch.tensor(point))), torch.tensor(point))
+    ours, gradient = objective(torch.tensor(point))
+    assert ours == pytest.approx(value(point), rel=1e-12)
+    curvatures = []
     for i, j in np.ndindex(13, CLASSES):
         step = np.zeros((13, CLASSES))
         step[i, j] = 1e-5
-        slope = (value(inner.numpy() + step) - value(inner.numpy() - step)) / 2e-5
+        slope = (value(point + step) - value(point - step)) / 2e-5
         assert float(gradient[i, j]) == pytest.approx(slope, abs=1e-8)
+        curvatures.append((value(100 * step) - 2 * value(0 * step) + value(-100 * step)) / 1e-6)
+    if most_axes == 12 and kind == "multinomial":  # at no weights every class has the same probability
+        np.testing.assert_allclose(curvatures, 1, atol=1e-5)
+    if most_axes == 11:  # control: without the axes the problem is not round
+        assert max(curvatures) > 10 * min(curvatures)
+
+
+def test_features_of_very_different_variance_need_few_iterations(monkeypatch):
+    features, labels = clouds(400, 2.0)
+    features *= np.logspace(-1.5, 1.5, 12, dtype=np.float32)
+    part = [(torch.tensor(features), torch.tensor(labels))]
+    counts = []
+    searched = logistic._search
+
+    def counting(*arguments):
+        counts[-1] += searched(*arguments)
+        return counts[-1]
+
+    monkeypatch.setattr(logistic, "_search", counting)
+    fits = []
+    for most_axes in (12, 11):
+        monkeypatch.setattr(logistic, "_MOST_AXES", most_axes)
+        counts.append(0)
+        fits.append(_fit(_Rows(part, "cpu"), CLASSES, 1.0, None)[0])
+    torch.testing.assert_close(
+        logits(fits[0], features).softmax(1), logits(fits[1], features).softmax(1), atol=1e-4, rtol=0
+    )
+    assert 3 * counts[0] < counts[1]
 
 
 def test_block_kind_and_scale_of_features_do_not_matter(tmp_path):
@@ -161,8 +203,9 @@ def test_warm_and_cold_start_agree(strength):
         torch.testing.assert_close(
             logits(warm, features).softmax(1), logits(cold, features).softmax(1), atol=1e-4, rtol=0
         )
-    # Control: it is a start and not the result.
-    unmoved = fit_logistic(features, labels, CLASSES, strength, start=torch.full((13, CLASSES), 0.5), max_iterations=1)
+    # Control: it is a start, and one iteration from far away does not lead into the tolerance above.
+    far = torch.randn(13, CLASSES, generator=torch.Generator().manual_seed(0))
+    unmoved = fit_logistic(features, labels, CLASSES, strength, start=far, max_iterations=1)
     assert abs(logits(unmoved, features).softmax(1) - logits(cold, features).softmax(1)).max() > 1e-2
 
 
@@ -252,8 +295,9 @@ def test_strengths_are_the_papers():
 
 def test_iterations_that_run_out_are_told():
     features, labels = (torch.tensor(a) for a in clouds(60, 2.0))
-    assert _fit([(features, labels)], CLASSES, 0.1, None, "cpu")[1]
-    assert not _fit([(features, labels)], CLASSES, 0.1, None, "cpu", max_iterations=12)[1]
+    rows = _Rows([(features, labels)], "cpu")
+    assert _fit(rows, CLASSES, 0.1, None)[1]
+    assert not _fit(rows, CLASSES, 0.1, None, max_iterations=12)[1]
 
 
 @pytest.mark.parametrize("strength", [1.0, 100.0])

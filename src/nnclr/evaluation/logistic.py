@@ -4,7 +4,7 @@ The protocol of Kornblith et al. (2019), "Do Better ImageNet Models Transfer Bet
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ _BLOCK = 512  # rows at a time: 8 MiB of float64 at 2,048 dimensions; larger blo
 _HISTORY = 20  # pairs that L-BFGS remembers; 50 save a sixth of the iterations and cost 1.6 GB at 2,048 x 1,000
 _BLIND = 10  # iterations that do not end a search, see `_search`
 _UNIT = 1e5  # what the objective is scaled to, see `_minimise`
+_MOST_AXES = 4096  # features whose principal axes are found: 128 MiB and half a minute for the most
 
 Part = tuple[Tensor, Tensor]  # features (n, d) and targets of some rows
 
@@ -78,8 +79,9 @@ def logistic_regression(
     best_value, best_strength = -float("inf"), float("nan")
     validation, unfinished = [], []
     path = sorted(strengths, reverse=True)
+    rows = _Rows([fitted], device)
     for i, strength in enumerate(path):
-        weights, finished = _fit([fitted], num_classes, strength, weights, device, _PATH_TOLERANCE)
+        weights, finished = _fit(rows, num_classes, strength, weights, _PATH_TOLERANCE)
         value = float(score(logistic_scores(weights, chosen[0]).cpu().numpy(), val_targets))
         validation.append((strength, value))
         if not finished:
@@ -88,7 +90,7 @@ def logistic_regression(
             best_value, best_strength, best_weights = value, strength, weights
         if progress is not None:
             progress(i + 1, len(path))
-    final, finished = _fit([fitted, chosen], num_classes, best_strength, best_weights, device, _TOLERANCE)
+    final, finished = _fit(_Rows([fitted, chosen], device), num_classes, best_strength, best_weights)
     protocol = {
         "features": "frozen, as they are",
         "optimizer": f"L-BFGS, {_HISTORY} pairs, strong Wolfe, float64",
@@ -143,8 +145,8 @@ def fit_logistic(
     Raises:
         InputError: if a feature is not finite.
     """
-    part = _part(features, targets)
-    return _fit([part], num_classes, strength, start, device, tolerance, max_iterations, block)[0]
+    rows = _Rows([_part(features, targets)], device, block)
+    return _fit(rows, num_classes, strength, start, tolerance, max_iterations)[0]
 
 
 @torch.no_grad()
@@ -153,67 +155,105 @@ def logistic_scores(weights: Tensor, features: Any, block: int = _BLOCK) -> Tens
     return torch.cat([rows.to(weights) @ weights[:-1] + weights[-1] for rows in _tensor(features).split(block)])
 
 
-def _fit(
-    parts: list[Part],
-    num_classes: int,
-    strength: float,
-    start: Tensor | None,
-    device: str | torch.device,
-    tolerance: float = _TOLERANCE,
-    max_iterations: int = _MAX_ITERATIONS,
-    block: int = _BLOCK,
-) -> tuple[Tensor, bool]:
-    """`fit_logistic` on the rows of all parts; the weights and whether the tolerance was met."""
-    objective = _Objective(parts, strength, block, device)
-    if start is None:
-        start = torch.zeros(len(objective.centre) + 1, num_classes)
-    weights = start.detach().to(device, torch.float64, copy=True)
-    weights[-1] += objective.centre @ weights[:-1]
-    weights[:-1] *= objective.unit
-    finished = _minimise(objective, weights, tolerance, max_iterations)
-    weights[:-1] /= objective.unit
-    weights[-1] -= objective.centre @ weights[:-1]
-    return weights, finished
-
-
-class _Objective:
-    """Mean loss + strength / (2 n) * ||W||^2 and its gradient, for weights of centred features in their own unit.
-
-    The minimum is the same one: the intercept is free, so taking the mean off the features moves it and nothing else,
-    and the unit is taken out of the penalty again. But the problem becomes rounder. On rectified features L-BFGS needs
-    a third of the iterations, and small features do not crawl behind their intercept.
+class _Rows:
+    """The rows of all parts: read in blocks, with their mean, principal axes and the variances along these.
 
     Rows become float64 a block at a time. Measured on 5,000 x 512 with 10 classes, float32 products cost about 0.6 of
     the time, but their rounding ends the line search early at weak strengths: probabilities were off by up to 4e-3
     and the objective by 6e-7, against 4e-5 and 1e-10 in float64 at the same tolerance.
     """
 
-    def __init__(self, parts: list[Part], strength: float, block: int, device: str | torch.device) -> None:
-        self.parts = parts
-        self.rows = sum(len(features) for features, _ in parts)
+    def __init__(self, parts: list[Part], device: str | torch.device, block: int = _BLOCK) -> None:
+        self.parts, self.device = parts, torch.device(device)
+        self.count = sum(len(features) for features, _ in parts)
         sums = torch.stack([_column_sums(features, "training", block).to(device) for features, _ in parts]).sum(dim=0)
-        self.centre = sums[0] / self.rows
-        variance = float((sums[1] / self.rows - self.centre.square()).mean())
-        self.unit = variance**0.5 if variance > 0 else 1.0
-        self.decay = strength / self.rows / self.unit**2
-        self.buffer = torch.empty(block, len(self.centre), dtype=torch.float64, device=device)
+        self.centre = sums[0] / self.count
+        width = len(self.centre)
+        self.buffer = torch.empty(block, width, dtype=torch.float64, device=device)
+        self.axes: Tensor | None = None  # (d, d), a column an axis; None for the features' own
+        if width <= _MOST_AXES:
+            covariance = torch.zeros(width, width, dtype=torch.float64, device=device)
+            for x, _ in self.blocks():
+                covariance.addmm_(x.T, x)
+            self.variances, self.axes = torch.linalg.eigh(covariance.div_(self.count))
+            self.variances.clamp_(min=0)  # what rounding left of axes without variance
+        else:
+            mean = (sums[1] / self.count - self.centre.square()).mean().clamp(min=0)
+            self.variances = mean.expand(width)
 
-    @torch.no_grad()
-    def __call__(self, weights: Tensor) -> tuple[float, Tensor]:
-        """Value, and gradient in the shape of the weights."""
-        slopes = weights.new_zeros(weights.shape[1], len(self.centre))  # transposed: error^T x is the faster product
-        loss, intercept = weights.new_zeros(()), torch.zeros_like(weights[-1])
-        matrix = weights[:-1] / self.unit
+    def blocks(self) -> Iterator[Part]:
+        """Centred features, valid until the next block, and targets of some rows."""
         for features, targets in self.parts:
             for rows, y in zip(features.split(len(self.buffer)), targets.split(len(self.buffer)), strict=True):
-                x = torch.sub(rows.to(weights.device), self.centre, out=self.buffer[: len(rows)])
-                losses, error = _losses(x @ matrix + weights[-1], y.to(weights.device))
-                loss += losses
-                slopes += error.T @ x
-                intercept += error.sum(dim=0)
-        gradient = torch.cat([slopes.T / self.unit, intercept[None]]) / self.rows
-        gradient[:-1] += self.decay * weights[:-1]
-        return float(loss / self.rows + self.decay / 2 * weights[:-1].square().sum()), gradient
+                x = torch.sub(rows.to(self.device), self.centre, out=self.buffer[: len(rows)])
+                yield x, y.to(self.device)
+
+
+def _fit(
+    rows: _Rows,
+    num_classes: int,
+    strength: float,
+    start: Tensor | None,
+    tolerance: float = _TOLERANCE,
+    max_iterations: int = _MAX_ITERATIONS,
+) -> tuple[Tensor, bool]:
+    """`fit_logistic` on the rows; the weights and whether the tolerance was met."""
+    objective = _Objective(rows, strength, num_classes)
+    if start is None:
+        start = torch.zeros(len(rows.centre) + 1, num_classes)
+    weights = start.detach().to(rows.device, torch.float64, copy=True)
+    weights[-1] += rows.centre @ weights[:-1]
+    free = objective.free(weights)
+    finished = _minimise(objective, free, tolerance, max_iterations)
+    weights = objective.weights(free)
+    weights[-1] -= rows.centre @ weights[:-1]
+    return weights, finished
+
+
+class _Objective:
+    """Mean loss + strength / (2 n) * ||W||^2 and its gradient, as a function of rotated and scaled weights.
+
+    The minimum is the same one: the intercept is free, so taking the mean off the features moves it and nothing else,
+    and the penalty is that of W itself. But the problem becomes round. Along principal axis j the curvature is about
+    spread * variance_j + decay, where spread is that of a class's indicator under equal probabilities; the free
+    weights are W along the axis times its root. So L-BFGS starts from a Hessian near the identity: on 3,000 pictures of
+    Fashion-MNIST as pixels it needs 167, 406 and 997 iterations at strengths 10, 1 and 0.1, against 692, 1,370 and
+    2,351 with one unit for all features.
+    """
+
+    def __init__(self, rows: _Rows, strength: float, num_classes: int) -> None:
+        self.rows = rows
+        self.decay = strength / rows.count
+        spread = (1 - 1 / num_classes) / num_classes if rows.parts[0][1].ndim == 1 else 0.25
+        curvature = torch.cat([spread * rows.variances + self.decay, rows.variances.new_full((1,), spread)])
+        self.scale = curvature.rsqrt()[:, None]
+
+    def free(self, weights: Tensor) -> Tensor:
+        """The free weights (d + 1, c) of weights (d + 1, c) for centred features."""
+        axes = self.rows.axes
+        rotated = weights if axes is None else torch.cat([axes.T @ weights[:-1], weights[-1:]])
+        return rotated / self.scale
+
+    def weights(self, free: Tensor) -> Tensor:
+        """The inverse of `free`."""
+        rotated, axes = free * self.scale, self.rows.axes
+        return rotated if axes is None else torch.cat([axes @ rotated[:-1], rotated[-1:]])
+
+    @torch.no_grad()
+    def __call__(self, free: Tensor) -> tuple[float, Tensor]:
+        """Value, and gradient in the shape of the free weights."""
+        weights, axes = self.weights(free), self.rows.axes
+        slopes = weights.new_zeros(weights.shape[1], len(weights) - 1)  # transposed: error^T x is the faster product
+        loss, intercept = weights.new_zeros(()), torch.zeros_like(weights[-1])
+        for x, y in self.rows.blocks():
+            losses, error = _losses(x @ weights[:-1] + weights[-1], y)
+            loss += losses
+            slopes += error.T @ x
+            intercept += error.sum(dim=0)
+        gradient = slopes.T / self.rows.count + self.decay * weights[:-1]
+        rotated = gradient if axes is None else axes.T @ gradient
+        value = float(loss / self.rows.count + self.decay / 2 * weights[:-1].square().sum())
+        return value, torch.cat([rotated, intercept[None] / self.rows.count]) * self.scale
 
 
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
