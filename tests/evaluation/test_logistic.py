@@ -119,10 +119,12 @@ def test_softmax_of_two_classes_is_scikit_learns_at_half_the_strength():
     np.testing.assert_allclose((ours[:, 1] - ours[:, 0])[:, None], theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("most_axes", [12, 11])  # along the principal axes, and along the features' own
+# Along the principal axes with rows in memory and not, and along the features' own.
+@pytest.mark.parametrize(("most_axes", "held"), [(12, 2**30), (12, 0), (11, 0)])
 @pytest.mark.parametrize("kind", ["multinomial", "one-vs-rest"])
-def test_value_gradient_and_curvature_against_finite_differences(kind, most_axes, monkeypatch):
+def test_value_gradient_and_curvature_against_finite_differences(kind, most_axes, held, monkeypatch):
     monkeypatch.setattr(logistic, "_MOST_AXES", most_axes)
+    monkeypatch.setattr(logistic, "_HELD_BYTES", held)
     features, labels = clouds(90, 2.0)
     features[:, 3] *= 50
     targets, reference = (labels, multinomial) if kind == "multinomial" else (problems(labels), binary)
@@ -151,6 +153,20 @@ def test_value_gradient_and_curvature_against_finite_differences(kind, most_axes
         np.testing.assert_allclose(curvatures, 1, atol=1e-5)
     if most_axes == 11:  # control: without the axes the problem is not round
         assert max(curvatures) > 10 * min(curvatures)
+
+
+@pytest.mark.parametrize("held", [2**30, 0])
+def test_columns_that_say_the_same_need_no_weights_of_their_own(held, monkeypatch):
+    monkeypatch.setattr(logistic, "_HELD_BYTES", held)
+    features, labels = clouds(300, 2.0)
+    grey = np.concatenate([features, features, features], axis=1)
+    rows = _Rows([(torch.tensor(grey), torch.tensor(labels))], "cpu")
+    assert rows.variances.shape == (12,)
+    start = torch.randn(37, CLASSES, generator=torch.Generator().manual_seed(0))
+    ours = fit_logistic(grey, labels, CLASSES, 1.0, start=start)
+    torch.testing.assert_close(ours[:12], ours[12:24], atol=1e-12, rtol=0)
+    expected = softmax(logits_of(scikit(grey, labels, 1.0), grey))
+    np.testing.assert_allclose(softmax(logits_of(ours.numpy(), grey)), expected, atol=1e-4)
 
 
 def test_features_of_very_different_variance_need_few_iterations(monkeypatch):
