@@ -240,7 +240,7 @@ def _jpeg_ours() -> Callable[[], Any]:
 
     def run() -> Any:
         step = next(steps)
-        return [view.clone() for batch in loader.batches(step, step + 1) for view in batch.views]
+        return [view for batch in loader.batches(step, step + 1) for view in batch.views]
 
     return run
 

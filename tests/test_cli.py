@@ -104,17 +104,21 @@ def test_labels_that_are_missing(capsys, tmp_path, photos, flags):
     )
 
 
-def test_torchrun_is_refused_until_the_loop_knows_it(capsys, monkeypatch, tmp_path, photos):
+def test_half_of_a_launchers_variables(capsys, monkeypatch, tmp_path, photos):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(capsys, tmp_path, 2, "trains in one process", "pretrain", photos, "--out", tmp_path / "run", *FLAGS)
+    said = "WORLD_SIZE is set without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start the job with torchrun"
+    fails(capsys, tmp_path, 2, said, "pretrain", photos, "--out", tmp_path / "run", *FLAGS)
 
 
 def test_unknown_command_and_flag(capsys, tmp_path):
     fails(capsys, tmp_path, 2, "'trian' is no command; there are pretrain, demo", "trian")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["pretrain", "x", "--out", "y", "--epoch", "3"])
-    assert stopped.value.code == 2
-    assert "--epochs" in "".join(capsys.readouterr())
+    fails(
+        capsys,
+        tmp_path,
+        2,
+        "--epoch is no flag of nnclr pretrain; did you mean --epochs",
+        *"pretrain x --epoch 3".split(),
+    )
 
 
 def test_whole_way_of_a_user(capsys, tmp_path, photos):
@@ -155,7 +159,7 @@ def test_whole_way_of_a_user(capsys, tmp_path, photos):
     assert cli.main(["info", str(photos)]) == 0
     assert "dogs: 20" in capsys.readouterr().out
     assert cli.main(["info"]) == 0
-    assert torch.__version__ in capsys.readouterr().out
+    assert torch.__version__.partition("+")[0] in capsys.readouterr().out
     assert cli.main(["evaluate", str(photos), str(photos)]) == 2
     assert "holds no encoder" in capsys.readouterr().err
 

@@ -95,3 +95,54 @@ def test_what_holds_no_results_is_one_sentence(runs):
         with pytest.raises(InputError, match=words):
             compare([path])
     assert main(["compare"]) == 2
+
+
+GOOD = {
+    **dict.fromkeys(("metric", "test"), "m"),
+    **{
+        "encoder_name": "e",
+        "protocol": "retrieval",
+        "n_test": 1,
+        "parameters": {},
+        "value": 0.5,
+        "interval": [0.4, 0.6],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"\x89PNG\r\n\x1a\n",
+        b"[1, 2]",
+        b"3",
+        b"{}",
+        json.dumps({**GOOD, "value": "half"}).encode(),
+        json.dumps({**GOOD, "value": None}).encode(),
+        json.dumps({**GOOD, "value": float("nan")}).encode(),
+        json.dumps({**GOOD, "value": 10**400}).encode(),
+        json.dumps({**GOOD, "interval": "ab"}).encode(),
+        json.dumps({**GOOD, "interval": 0.5}).encode(),
+        json.dumps({**GOOD, "interval": [0.1]}).encode(),
+        json.dumps({**GOOD, "parameters": []} | {"protocol": "knn"}).encode(),
+        json.dumps({**GOOD, "protocol": "transfer", "details": {"sets": 5}}).encode(),
+        json.dumps({**GOOD, "protocol": "finetune", "parameters": {"fraction": "all"}}).encode(),
+        b"[" * 100_000,
+    ],
+)
+def test_odd_files_are_one_plain_sentence(tmp_path, capsys, odd):
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n")
+    assert main(["compare", str(path)]) == 0  # the control
+    assert "| e | 50.0 (40.0-60.0) |" in capsys.readouterr().out
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + odd + b"\n" + json.dumps(GOOD).encode())
+    assert main(["compare", str(path)]) == 2
+    said = "is no evaluation result; name run folders, or .jsonl files that nnclr evaluate wrote"
+    assert capsys.readouterr() == ("", f"nnclr: line 2 of {path} {said}\n")
+
+
+def test_a_folder_that_cannot_be_made_is_one_plain_sentence(tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text(json.dumps(GOOD) + "\n")
+    out = tmp_path / "results.jsonl" / "table"
+    assert main(["compare", str(tmp_path / "results.jsonl"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"nnclr: --out {out} cannot be made: Not a directory; choose another folder\n"

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from nnclr import counter
@@ -89,6 +90,58 @@ def test_permutations_are_permutations_and_differ():
     assert sorted(one.tolist()) == list(range(1000))
     assert (one == two).mean() < 0.02
     assert (one == counter.permutation(1, 0, 1000)).mean() < 0.02
+
+
+SIZES = [7, 0, 30, 1, 12, 12, 25, 13, 9, 40]
+
+
+def plain_block_order(seed, epoch, sizes, window):
+    """The definition in whole numbers of Python, one id at a time."""
+    blocks = len(sizes)
+    ranks = sorted(range(blocks), key=lambda block: plain_bits(seed, epoch, -3, block))
+    block_of = [block for block, size in enumerate(sizes) for _ in range(size)]
+
+    def place(i):
+        return ((ranks.index(block_of[i]) << 32) + (plain_bits(seed, epoch, -1, i) >> 32) * window) % (blocks << 32)
+
+    return sorted(range(sum(sizes)), key=place)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+def test_block_permutation_against_plain_integers(window):
+    for seed, epoch in ((0, 0), (3, 7)):
+        order = counter.block_permutation(seed, epoch, SIZES, window)
+        assert order.tolist() == plain_block_order(seed, epoch, SIZES, window)
+
+
+@pytest.mark.parametrize("window", [1, 4, 32])
+def test_blocks_are_shuffled_within_their_window(window):
+    """Each id once; at any time about `window` of 200 blocks are in use, each for one stretch of the circle."""
+    sizes = np.random.default_rng(0).integers(20, 80, 200)
+    block_of, n = np.repeat(np.arange(200), sizes), sizes.sum()
+    order = counter.block_permutation(1, 2, sizes.tolist(), window)
+    assert sorted(order.tolist()) == list(range(n))
+    blocks = block_of[order]
+    for start in range(0, n - 50, 50):
+        assert len(set(blocks[start : start + 50])) <= window + 3  # one ends and another begins every 50 ids
+    places = {block: np.flatnonzero(blocks == block) for block in range(200)}
+    gaps = np.array([np.diff(np.append(p, p[0] + n)).max() for p in places.values()])  # the rest of the circle
+    assert ((n - gaps) < 1.3 * 80 * (window + 1)).all()
+    one, other = (counter.block_permutation(1, epoch, sizes.tolist(), window) for epoch in (2, 3))
+    assert (one == other).mean() < 0.02
+    shuffled = np.mean(np.diff(order) == 1)
+    assert shuffled < 0.1  # the control: in the order of the file this is 1
+
+
+def test_one_window_is_a_permutation_of_all():
+    expected = counter.permutation(4, 2, sum(SIZES)).tolist()
+    assert counter.block_permutation(4, 2, SIZES, len(SIZES)).tolist() == expected
+    assert counter.block_permutation(4, 2, (sum(SIZES),), 1).tolist() == expected
+    assert counter.block_permutation(4, 2, SIZES, len(SIZES) - 1).tolist() != expected
+    assert counter.block_permutation(0, 0, [2, 3, 3], 2).tolist() == FROZEN_BLOCKS
+
+
+FROZEN_BLOCKS = [5, 6, 7, 3, 4, 1, 2, 0]
 
 
 def test_the_hash_on_the_device_has_the_same_bits():

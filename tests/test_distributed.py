@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import nnclr
-from nnclr.distributed import gather, rank, world_size
+from nnclr.distributed import assert_replicas_equal, exchange, gather, rank, state_hash, world_size
+from nnclr.errors import ReplicaError
 from tests.objectives.test_methods import METHODS, linear_heads
 
 BATCH, DIM = 12, 6
@@ -87,6 +88,26 @@ def average(tensor):
     tensor /= world_size()
 
 
+def replicated():
+    """What every rank holds alike, of all kinds."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "weight": torch.randn(300, 300, generator=generator),  # more words than are hashed at a time
+        "half": torch.randn(3, 5, generator=generator).bfloat16(),
+        "exact": torch.randn(4, generator=generator, dtype=torch.float64),
+        "count": torch.tensor(7),
+        "flags": torch.tensor([True, False, True]),
+        "nothing": torch.zeros(0),
+    }
+
+
+def flip(tensor, bit=0):
+    """One bit of the last element changed."""
+    flat = tensor.view(-1).view(torch.uint8)
+    flat[-1] ^= 1 << bit
+    return tensor
+
+
 def worker(number, world, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -146,6 +167,23 @@ def worker(number, world, folder):
     everyone = gather(x)
     (everyone * (rank() + 1)).sum().backward()
     report["gathered"], report["gathered gradient"] = everyone.detach()[::2, 0].tolist(), x.grad
+    parts = torch.arange(world * 2).view(world, 2) + 100 * number
+    report["exchanged"] = exchange(parts).tolist()
+
+    assert_replicas_equal(replicated())  # silent
+    report["replicas"] = {}
+    for name in ("weight", "half", "exact", "count", "flags"):
+        tensors = replicated()
+        if number == 1:
+            flip(tensors[name])
+        try:
+            assert_replicas_equal(tensors)
+        except ReplicaError as error:
+            report["replicas"][name] = str(error)
+    try:  # all different
+        assert_replicas_equal({"first": torch.zeros(2), "second": torch.tensor(number), "third": torch.tensor(number)})
+    except ReplicaError as error:
+        report["replicas"]["all"] = str(error)
     torch.save(report, f"{folder}/{number}.pt")
     dist.destroy_process_group()
 
@@ -196,6 +234,14 @@ def test_ranks_equal_one_process(world, tmp_path):
         assert (report["gathered gradient"] == world * (world + 1) / 2).all()
         assert report["ddp ids"] == [number] * 3
         assert report["ddp buffer"] == 0.0
+        assert report["exchanged"] == [
+            [2 * number + 100 * other, 2 * number + 1 + 100 * other] for other in range(world)
+        ]
+        who = "rank 1 differs from the others" if world == 4 else "ranks 0, 1 differ from each other"
+        for name in ("weight", "half", "exact", "count", "flags"):
+            assert report["replicas"][name].startswith(f"{who} in {name}: the {world} ranks no longer")
+        everyone = ", ".join(map(str, range(world)))
+        assert report["replicas"]["all"].startswith(f"ranks {everyone} differ from each other in second and 1 more: ")
         # controls
         assert (report["gradients without"] - gradients).norm() > 1e-2 * gradients.norm()
         assert not torch.equal(report["state local"]["ids"], expected["ids"])
@@ -207,3 +253,28 @@ def test_alone_everything_is_the_identity():
     x = torch.randn(3, 2)
     assert gather(x) is x
     assert (rank(), world_size()) == (0, 1)
+    assert exchange(x) is x
+    assert_replicas_equal({"x": x})
+
+
+def test_hash_is_a_weighted_sum_of_words_and_sees_every_bit():
+    for name, tensor in replicated().items():
+        width = min(tensor.element_size(), 4)
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        words = [int.from_bytes(data[i : i + width], "little", signed=True) for i in range(0, len(data), width)]
+        expected = sum((2 * i + 1) * word for i, word in enumerate(words)) % 2**64
+        assert state_hash(tensor).item() % 2**64 == expected, name
+    x = torch.randn(7, 11)
+    kept, seen = x.clone(), {state_hash(x).item()}
+    bits = x.view(-1).view(torch.int32)
+    for element in range(len(bits)):
+        for bit in range(32):
+            bits[element] ^= torch.tensor(1 << bit).int()
+            seen.add(state_hash(x).item())
+            bits[element] ^= torch.tensor(1 << bit).int()
+    assert torch.equal(x, kept)
+    assert len(seen) == 1 + 77 * 32
+    x[[0, 1]] = x[[1, 0]]
+    assert state_hash(x).item() not in seen  # control: a plain sum does not see that rows changed places
+    assert state_hash(x.T) != state_hash(x)
+    assert state_hash(kept.to(memory_format=torch.contiguous_format)) == state_hash(kept.t().contiguous().t())

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_line_numbers_are_those_of_today():
 def test_exit_codes_page_lists_every_error():
     text = (DOCS / "exit-codes.md").read_text()
     codes = {kind.exit_code for kind in errors.NNCLRError.__subclasses__()}
-    assert codes == {2, 80, 81, 82, 83, 84, 86}
+    assert codes == {2, 80, 81, 82, 83, 84, 85, 86}
     assert all(f"\n| {code} |" in text for code in codes | {0, 1, 130})
 
 
@@ -109,6 +110,38 @@ def test_evaluation_page_lists_every_protocol_and_transfer_set():
     for row, known in zip(rows, TRANSFER_SETS.values(), strict=True):
         sizes = tuple(map(int, row[4:]))
         assert (*row[:4], sizes) == (known.title, known.key, known.folders[0], known.metric, known.sizes)
+
+
+def undocumented(project, page):
+    """What pyproject.toml asks for and the page does not say: core with its floors, extras with what they bring."""
+    rows = [line[2:].split(" | ", 1) for line in page.splitlines() if line.startswith("| ")]
+    said = {name.strip("`"): rest for name, rest in rows}
+    for one in project["dependencies"]:
+        if one.replace(">=", " >= ") not in said:
+            yield one
+    for extra, brings in project["optional-dependencies"].items():
+        for name in (re.split(r"[>\[]", one)[0] for one in brings):
+            if name != "nnclr" and name not in said.get(extra, ""):
+                yield f"{extra}: {name}"
+
+
+def test_dependencies_page_lists_what_is_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (DOCS / "dependencies.md").read_text()
+    assert list(undocumented(project, page)) == []
+    changed = page.replace("safetensors >= 0.8", "safetensors >= 0.5").replace("| `hub` |", "| `hubs` |")  # control
+    assert list(undocumented(project, changed.replace("webdataset", ""))) == [
+        "safetensors>=0.8",
+        "hub: datasets",
+        "dev: webdataset",
+    ]
+
+
+def test_readme_says_how_to_install_before_it_uses_the_command():
+    text = (ROOT / "README.md").read_text()
+    assert 0 < text.find("`make install`") < text.find("nnclr pretrain")
+    assert 0 < text.find("`pip install -e .`") < text.find("nnclr pretrain")
+    assert "\ninstall: " in (ROOT / "Makefile").read_text()
 
 
 def test_api_pages_hold_every_public_name():
@@ -172,7 +205,7 @@ def test_every_flag_named_in_a_sentence_exists():
     for verb, kind in pages.verbs().items():
         known |= {f"--{name.replace('_', '-')}" for name in kind.__dataclass_fields__}
         known |= set() if verb == "pretrain" else set(re.findall(r"`(--[a-z-]+)`", pages.flags(verb)))
-    foreign = {"--require-hashes", "--seeds", "--data", "--strict"}  # of pip, the benchmarks, mkdocs
+    foreign = {"--require-hashes", "--seeds", "--data", "--strict", "--max-restarts"}  # of other programs
     for page in DOCS.rglob("*.md"):
         for code in re.findall(r"`([^`\n]*--[a-z][^`\n]*)`", page.read_text()):
             for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):

@@ -19,7 +19,7 @@ SIZE, WIDTH, DIM, HIDDEN, SUPPORT, IMAGES = 8, 5, 6, 7, 11, 4
 CONVOLUTION = 2 * 3 * 9 * WIDTH * SIZE**2
 PROJECTOR = 2 * (WIDTH * HIDDEN + HIDDEN * HIDDEN + HIDDEN * DIM)
 PREDICTOR = 2 * (DIM * HIDDEN + HIDDEN * DIM)
-LOOK_UP = 2 * DIM * SUPPORT
+LOOK_UP = 2 * DIM * 32 * 32 // (2 * IMAGES)  # both views at once; so small a product is filled up to 32 x 32
 ROW = 2 * DIM * IMAGES  # a row of a similarity matrix of the batch
 
 
@@ -171,11 +171,18 @@ def test_a_batch_that_cannot_fit_is_tried_smaller(photos, configs, monkeypatch, 
         assert [config.batch_size for config in configs] == ([] if batch is None else [batch])
         said = capsys.readouterr().out
         assert ("not even 2 images may fit" in said) == (batch is None)
+        # 70 images of two views are 0.43 MB of pixels.
+        assert ("use --grad-cache 16 for the same loss in less memory, a smaller" in said) == (batch == 16)
+        assert ("use --grad-cache 2 for" in said) == (batch == 2)
         if batch in (2, 16):
             assert f"images/s at batch {batch}\n" in said
             assert said.endswith(f"without evaluations; an estimate from batch {batch}\n")
         elif batch == 70:
             assert said.endswith("without evaluations\n")
+    configs.clear()  # 8 images, pixels and the rest are 9.4 MB
+    monkeypatch.setattr(dry_run, "free_memory", lambda device: 11e6)
+    assert cli.main(["pretrain", photos, "--batch-size", "70", "--epochs", "10", "--grad-cache", "8", *FLAGS]) == 0
+    assert [config.batch_size for config in configs] == [70]
 
 
 def test_a_smaller_batch_is_quick_and_its_rate_is_scaled(photos, monkeypatch, capsys):

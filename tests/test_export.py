@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
+from nnclr import cli, pretrained
 from nnclr import export as export_module
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError, StorageError
@@ -209,6 +210,27 @@ def test_no_graph_no_library_and_too_large_are_one_sentence(tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"needs onnxscript; pip install 'nnclr\[onnx\]'"):
         export(made("small-convnet", 16), "onnx", tmp_path / "m.onnx")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "out", "words"),
+    [
+        ("timm", "w.bin", "w.bin must end in .safetensors or .pth"),
+        ("torchvision", "w", "w must end in .safetensors or .pth"),
+        ("huggingface", "no/folder", "is to be in a folder that does not exist"),
+        ("onnx", "there.onnx", "exists and is not overwritten"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_the_encoder_is_loaded(tmp_path, monkeypatch, capsys, format, out, words):
+    loaded = []
+    monkeypatch.setattr(pretrained, "open_encoder", lambda *_: loaded.append(1) or made("small-convnet", 16))
+    (tmp_path / "there.onnx").write_text("mine")
+    assert cli.main(["export", "RUN", "--format", format, "--out", str(tmp_path / out)]) == 2
+    assert words in capsys.readouterr().err
+    assert loaded == []
+    cli.main(["export", "RUN", "--format", "torchvision", "--out", str(tmp_path / "w.pth")])  # the control
+    assert loaded == [1]
+    assert os.listdir(tmp_path) == ["there.onnx"]
 
 
 @pytest.mark.parametrize("format", OUT)

@@ -150,16 +150,16 @@ def test_the_words_are_those_of_the_files(real):
     assert f"of {knn[-1]['n_test']} images" in words["kNN accuracy"]
     purity = f"{100 * last['neighbour_purity']:.1f} % of the neighbours"
     assert words["Neighbour purity"].startswith(purity)
-    assert f"{100 * first['neighbour_purity']:.1f} % at first" in words["Neighbour purity"]
+    assert f"{100 * first['neighbour_purity']:.1f} % at step 2" in words["Neighbour purity"]
     assert (
         words["Neighbour similarity"]
-        == f"{last['neighbour_similarity']:.2f} (cosine), {first['neighbour_similarity']:.2f} at first."
+        == f"{last['neighbour_similarity']:.2f} (cosine), {first['neighbour_similarity']:.2f} at step 2."
     )
     renewed = f"; the support set of 50 entries is renewed every {50 / 24:.3g} steps."
     assert words["Neighbour age"] == f"{last['neighbour_age']:.1f} steps on average{renewed}"
     assert words["Own image"].startswith(f"{100 * last['own_id_share']:.1f} % of the neighbours")
     assert words["Effective rank"].startswith(
-        f"{last['rank_me']:.1f} of at most 16 (width and batch), {first['rank_me']:.1f} at first"
+        f"{last['rank_me']:.1f} of at most 16 (width and batch), {first['rank_me']:.1f} at step 2"
     )
     assert words["Embedding deviation"].startswith(f"{last['embedding_std']:.2f};")
     rate = statistics.median(line["images_per_second"] for line in metrics)
@@ -177,7 +177,7 @@ def test_the_words_are_those_of_the_files(real):
         ({}, [result(0, 0.3), result(100, 0.31)], "It is not clear yet."),
         ({}, [result(0, 0.3), result(100, 0.29)], "No sign of learning. kNN accuracy is not above"),
         ({}, [], "It learned. The loss is well below its chance level"),
-        ({"loss": 4.59}, [], "No sign of learning. The loss is at its chance level."),
+        ({"loss": 4.59}, [], "No sign of learning. The loss is not clearly below its chance level."),
         ({"loss_chance": None}, [], "It cannot be told."),
         ({"embedding_std": 0.01}, [result(0, 0.3), result(100, 0.6)], "It has collapsed."),
         ({"rank_me": 2.0}, [], "It has collapsed."),
@@ -216,7 +216,64 @@ def test_sentences_change_with_what_they_are_about(made_up):
     assert "step 40 of 100" in words["Training"]
     assert "not finished" in words["Training"]
     changed(made_up, neighbour_similarity=None)
+    assert "the support set is empty at first" in said(written(made_up))["Neighbours"]
+    settings = made_up / "config.toml"
+    settings.write_text(settings.read_text().replace("support_set_size = 250\n", ""))
     assert "looks up none" in said(written(made_up))["Neighbours"]
+
+
+def kept(run, count):
+    """Cut a run after so many log lines."""
+    path = run / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+
+
+def test_a_run_with_one_logged_line_is_compared_with_nothing(made_up):
+    """The first logged step is the last one, and says nothing of where the run began."""
+    kept(made_up, 1)
+    changed(made_up, loss=4.0)
+    write_lines(made_up / "evaluations.jsonl", [result(0, 0.3), result(10, 0.29)])
+    page = written(made_up)
+    words = said(page)
+    assert words["Loss"] == "4.000 at step 10; guessing would give 4.605."
+    assert re.fullmatch(r"25\.0 % of the neighbours have their query\S+s label\.", words["Neighbour purity"])
+    assert words["Neighbour similarity"] == "0.90 (cosine)."
+    assert words["Effective rank"] == "30.0 of at most 64 (width and batch)."
+    assert words["Collapse"] == "Too few steps were logged to warn of one: 1 of 8."
+    assert "step 10 of 100, 1 epoch, batch" in words["Training"]
+    assert words[""].startswith("It is too early to tell. kNN accuracy is not above that of the untrained network, and")
+    assert "at first" not in Page(page.read_text()).text
+    write_lines(made_up / "evaluations.jsonl", [])
+    changed(made_up, loss=4.6, images_per_second=5000)
+    words = said(written(made_up))
+    assert words[""] == (
+        "It is too early to tell. The loss is not clearly below its chance level, and only one step was logged."
+    )
+    assert "The steps took less than a second." in words["Training"]
+
+
+def test_a_short_run_is_compared_with_its_first_logged_step(made_up):
+    kept(made_up, 2)
+    changed(made_up, epoch=lambda step: step / 100)
+    write_lines(made_up / "evaluations.jsonl", [result(0, 0.3), result(20, 0.29)])
+    page = written(made_up)
+    words = said(page)
+    assert words["Neighbour purity"].endswith("label, 25.0 % at step 10.")
+    assert words[""].endswith("untrained network, after less than one pass over the images.")
+    tiles = re.findall(r"<li><span>([^<]*)</span><b>[^<]*</b><span>([^<]*)</span></li>", page.read_text())
+    assert dict(tiles)["Neighbour purity"] == "25.0 % at step 10"
+    assert dict(tiles)["kNN accuracy"] == "30.0 % untrained"
+    changed(made_up, epoch=lambda step: step / 10)
+    assert said(written(made_up))[""] == "No sign of learning. kNN accuracy is not above that of the untrained network."
+
+
+def test_collapse_is_judged_from_as_many_lines_as_a_warning_needs(made_up):
+    kept(made_up, 8)
+    assert said(written(made_up))["Collapse"] == "No warning in the whole run."
+    changed(made_up, rank_me=2.0)
+    assert said(written(made_up))["Collapse"].startswith("At step 80 ")  # the first one that there can be
+    kept(made_up, 7)
+    assert said(written(made_up))["Collapse"] == "Too few steps were logged to warn of one: 7 of 8."
 
 
 def test_warnings_are_those_that_the_run_gave(made_up):
@@ -556,7 +613,9 @@ def test_the_map_has_every_image_in_its_class_colour(tmp_path, made_up, monkeypa
             assert slope * sign > 0
             np.testing.assert_allclose(at[:, column], slope * mine[:, column] + offset, atol=1.1)
     assert drawn.text == f"20 images of {folder} (they have changed since), by a known map."
-    page = report.write_report(made_up).read_text()
+    told = []
+    page = report.write_report(made_up, say=told.append).read_text()
+    assert [line.split(";")[0] for line in told] == ["drawing the map of at most 2,000 images"]
     assert complaints(page) == []
     assert drawn.svg in page
     (folder / "a").rename(tmp_path / "gone")

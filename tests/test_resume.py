@@ -1,9 +1,11 @@
 """A resumed run is the uninterrupted run, bit for bit; a control for each piece of state shows that this can fail."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +210,21 @@ def test_other_images_are_refused(pictures, tmp_path, tiny):
         nnclr.pretrain((changed, labels), tmp_path / "run", **tiny, extend_epochs=1)
 
 
+def test_added_images_are_named_although_they_change_a_default(pictures, tmp_path, tiny):
+    """The default size of the support set is half of the images."""
+    images, labels = pictures
+    settings = {**tiny, "epochs": 1, "support_set_size": None}
+    nnclr.pretrain((images[:100], labels[:100]), tmp_path / "run", **settings)
+    said = r"run was trained on 100 images of array; array now holds 120 images with other names, sizes or labels: put"
+    with pytest.raises(nnclr.errors.InputError, match=said):
+        nnclr.pretrain(pictures, tmp_path / "run", **settings)
+    with pytest.raises(nnclr.errors.InputError, match=r"support_set_size: 50 there, 60 now"):  # the control
+        nnclr.pretrain((images[:100], labels[:100]), tmp_path / "run", **settings | {"support_set_size": 60})
+    (tmp_path / "run/environment.json").write_text('["damaged"]')
+    with pytest.raises(nnclr.errors.InputError, match=r"support_set_size: 50 there, 60 now"):
+        nnclr.pretrain(pictures, tmp_path / "run", **settings)
+
+
 def test_other_config_is_refused_and_names_the_fields(pictures, tmp_path, tiny):
     nnclr.pretrain(pictures, tmp_path / "run", **tiny)
     written = (tmp_path / "run/config.toml").read_text()
@@ -236,24 +253,100 @@ def test_second_process_is_refused(pictures, tmp_path, tiny):
         pass
 
 
-def test_non_finite_loss_stops_before_the_update(monkeypatch, pictures, tmp_path, tiny):
-    seen = {}
-    real = training.finite_grad_norm
+def poison(monkeypatch, seen, lag):
+    """Make a gradient of step 7 NaN; with a lag the loop learns of it one step later, as on CUDA."""
+    real, create = training.StepCheck.post, training.StepCheck.__init__
 
-    def poisoned(out, parameters, batch, run):
-        if batch.step == 8:
+    def created(self, run, device):
+        create(self, run, device)
+        self.lag = lag
+
+    def poisoned(self, batch, out, parameters, asked):
+        if batch.step == 7:
             parameters[0].grad[0] = float("nan")
             seen["before"] = [p.detach().clone() for p in parameters]
             seen["parameters"] = parameters
-        return real(out, parameters, batch, run)
+        seen["last"] = batch.step
+        if batch.step == 8:  # what the step in between does is lost with the run
+            seen["after"] = [p.detach().clone() for p in parameters]
+        return real(self, batch, out, parameters, asked)
 
-    monkeypatch.setattr(training, "finite_grad_norm", poisoned)
+    monkeypatch.setattr(training.StepCheck, "__init__", created)
+    monkeypatch.setattr(training.StepCheck, "post", poisoned)
+
+
+@pytest.mark.parametrize(("lag", "log_every", "last"), [(0, 50, 7), (1, 50, 8), (1, 8, 7)])
+def test_non_finite_loss_stops_before_the_update(lag, log_every, last, monkeypatch, pictures, tmp_path, tiny):
+    seen = {}
+    poison(monkeypatch, seen, lag)
     with pytest.raises(nnclr.errors.NonFiniteError) as stopped:
-        nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+        nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"log_every_steps": log_every})
     assert stopped.value.exit_code == 82
-    assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["parameters"], strict=True))
+    assert seen["last"] == last  # a step that is written down is not left without an answer
+    after = seen["after"] if last == 8 else seen["parameters"]
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], after, strict=True))
     assert checkpoint.load_latest(tmp_path / "run/checkpoints")[0].step == 6
-    assert (tmp_path / "run/nonfinite/step-00000008.json").exists()
+    record = json.loads((tmp_path / "run/nonfinite/step-00000007.json").read_text())
+    assert record["step"] == 7
+    assert len(record["ids"]) == 24
+    assert all(line["step"] < 8 for line in nnclr.Run(tmp_path / "run").metrics)
+
+
+def write_late(monkeypatch, taken: int, seen: list) -> None:
+    """Hold every write of a checkpoint back until so many steps were taken; without a thread that is never."""
+    later, save, update = threading.Event(), checkpoint.save, nnclr.NNCLR.update
+
+    def counted(self, out):
+        update(self, out)
+        if int(self.support_set.updates) == taken:
+            later.set()
+
+    def late(folder, step, tensors, state):
+        seen.append((step, later.wait(60)))
+        return save(folder, step, tensors, state)
+
+    monkeypatch.setattr(nnclr.NNCLR, "update", counted)
+    monkeypatch.setattr(checkpoint, "save", late)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch, pictures, tmp_path, tiny):
+    """The checkpoint of step 3 is written after step 5, and is that of a run in which it was not held back."""
+    tiny |= {"epochs": 1, "evaluate_every_epochs": 0}
+    nnclr.pretrain(pictures, tmp_path / "at once", **tiny)
+    seen = []
+    write_late(monkeypatch, 5, seen)
+    nnclr.pretrain(pictures, tmp_path / "late", **tiny)
+    assert seen == [(3, True), (5, True)]
+    for step in ("step-00000003", "step-00000005"):
+        one, two = (
+            safetensors.torch.load_file(tmp_path / name / "checkpoints" / step / "tensors.safetensors")
+            for name in ("at once", "late")
+        )
+        assert same(one, two)
+    one, two = ((tmp_path / name / "encoder/model.safetensors").read_bytes() for name in ("at once", "late"))
+    assert one == two
+
+
+@pytest.mark.parametrize(("failing", "earlier", "last"), [(6, 3, 9), (7, 6, 7), (20, 18, 20)])
+def test_a_write_that_fails_in_the_background_ends_the_run(
+    monkeypatch, pictures, tmp_path, tiny, failing, earlier, last
+):
+    """At the next save or before it, after SIGTERM in step 7, or at the end: code 83, the earlier checkpoint whole."""
+    sync = checkpoint.sync
+
+    def full(path):
+        if f".tmp-{failing}-" in str(path):
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    if failing == 7:
+        interrupt_after(monkeypatch, 7)
+    with pytest.raises(nnclr.errors.StorageError, match=r"No space left on device.*earlier checkpoints") as raised:
+        nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"evaluate_every_epochs": 0, "log_every_steps": 1})
+    assert raised.value.exit_code == 83
+    assert checkpoint.load_latest(tmp_path / "run/checkpoints")[0].step == earlier
+    assert nnclr.Run(tmp_path / "run").metrics[-1]["step"] <= last
 
 
 def test_killed_before_the_first_checkpoint_starts_afresh(monkeypatch, pictures, tmp_path, tiny):

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nnclr import search
+from nnclr import cli, search
 from nnclr.embed import embed_to_file
 from nnclr.embeddings import open_embeddings, write_embeddings
 from nnclr.encoder import Encoder
@@ -129,6 +131,30 @@ def test_the_approximate_index_is_kept_beside_the_file(folder):
         )
 
 
+def test_more_neighbours_than_rows_are_told_of(folder, tmp_path):
+    """All rows are found, as by `NeighbourIndex`, and it is not a secret."""
+    said = []
+    for question, most in (
+        ({"ids": [5]}, 38),
+        ({"ids": [5, 7]}, 38),
+        ({"ids": [5, 5, 7], "together": True}, 37),
+        ({"pictures": [folder / "photos/blue/08.png"]}, 39),
+        ({"pictures": [folder / "photos/blue/08.png"], "ids": [5]}, 38),
+    ):
+        search_file(folder / "e.parquet", **question, k=most, say=said.append)
+        assert said == []
+        search_file(folder / "e.parquet", **question, k=most + 1, say=said.append)
+        line = f"{folder}/e.parquet has {most} rows to find, fewer than -k {most + 1}: all of them are used"
+        assert said == [line]
+        said.clear()
+    run_search(folder / "e.parquet", label_hints=True, k=38, say=said.append)
+    assert said == []
+    run_search(folder / "e.parquet", label_hints=True, k=99, say=said.append)
+    assert "has 38 rows to find, fewer than -k 99" in said[0]
+    with pytest.raises(InputError, match="at least one neighbour"):
+        run_search(folder / "e.parquet", label_hints=True, k=0)
+
+
 def test_many_rows_are_told_of_the_approximate_index(folder, monkeypatch):
     said = []
     search_file(folder / "e.parquet", ids=[5], say=said.append)
@@ -164,7 +190,7 @@ def test_embeddings_of_another_program(folder, encoder, tmp_path):
         search_file(tmp_path / "odd.npy", query)
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"x", "not_an_image"), (b"", "not_an_image"), (None, "unreadable")])
+@pytest.mark.parametrize(("content", "reason"), [(b"x", "not an image"), (b"", "not an image"), (None, "unreadable")])
 def test_a_query_that_is_no_picture(folder, tmp_path, content, reason):
     if content is not None:
         (tmp_path / "q.png").write_bytes(content)
@@ -252,6 +278,49 @@ def test_columns_are_under_each_other(tmp_path):
     lines = run_search(tmp_path / "e.npy", ids=[0], k=11).splitlines()[1:]
     assert len({line.index("p") for line in lines[1:]}) == 1
     assert lines[1].index("1000") == lines[10].index("10000") + 1
+
+
+def cells(text):
+    """Columns of a terminal that a text takes, by the Unicode tables that come with Python."""
+    return sum((unicodedata.east_asian_width(c) in "WF") + 1 for c in text if not unicodedata.combining(c))
+
+
+NAMES = [
+    "holiday/2024/a very long name of a picture as cameras and people give them, part 1 of 2.png",
+    "holiday/2024/a very long name of a picture as cameras and people give them, part 2 of 2.png",
+    "旅行/" + "東京の写真" * 12 + "一.png",
+    "旅行/" + "東京の写真" * 12 + "二.png",
+    "short.png",
+]
+
+
+def long_names(tmp_path, capsys, monkeypatch, terminal, columns):
+    labels = np.array([0, 0, 1, 1, 2])
+    classes = ["a class whose name is quite long as well, as in ImageNet", "東京", "c"]
+    write_embeddings(tmp_path / "e.npy", np.ones((5, 3), np.float32), np.arange(5), NAMES, labels, classes)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert cli.main(["search", str(tmp_path / "e.npy"), "--id", "4", "-k", "4"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("columns", [60, 79, 80, 120])
+def test_long_names_lose_their_middle_on_a_terminal(tmp_path, capsys, monkeypatch, columns):
+    lines = long_names(tmp_path, capsys, monkeypatch, True, columns)[2:]
+    assert len(lines) == 4
+    assert max(map(cells, lines)) <= columns
+    assert min(map(cells, lines)) >= columns - 4  # no room is wasted, but for what a wide letter needs
+    assert [line[-len("1 of 2.png") :] for line in lines[:2]] == ["1 of 2.png", "2 of 2.png"]
+    assert [line[-5:] for line in lines[2:]] == ["一.png", "二.png"]
+    starts = [min(line.rindex(start) for start in ("hol", "旅") if start in line) for line in lines]
+    assert len({cells(line[:start]) for line, start in zip(lines, starts, strict=True)}) == 1
+    assert all("…" in line[start:] for line, start in zip(lines, starts, strict=True))
+
+
+def test_names_are_whole_where_no_terminal_is(tmp_path, capsys, monkeypatch):
+    for terminal, columns in ((False, 60), (True, 300)):
+        lines = long_names(tmp_path, capsys, monkeypatch, terminal, columns)[2:]
+        assert [line.endswith(f"  {name}") for line, name in zip(lines, NAMES, strict=False)] == [True] * 4
 
 
 @pytest.mark.parametrize(

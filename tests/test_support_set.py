@@ -6,7 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nnclr
+from nnclr import support_set
+from nnclr.kernels.lookup import nearest_slots
 from tests import reference
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # where a product's bits are known to depend on its place
 
 
 def filled(size=20, dim=6, n=20, **options):
@@ -151,6 +155,45 @@ def test_the_lowest_slot_wins_among_equals(k, block_size):
     assert made.nearest(torch.tensor([[2.0, 0.0]]), k).ids[0].tolist() == [1, 3, 5, 7][:k]
 
 
+def alone_and_together(m, d, n=40):
+    """Answers to queries that are asked together, and to each by itself, in sets of duplicates with odd edges."""
+    pool = torch.randn(max(m // 3, 1), d)
+    z, k = torch.cat([pool[torch.arange(n // 2) % len(pool)], torch.randn(n // 2, d)]), min(4, m)
+    together, alone = [], []
+    for block_size in (m, 4096):
+        made = nnclr.SupportSet(m, d, block_size=block_size)
+        made.enqueue(pool[torch.arange(m) % len(pool)], torch.arange(m))
+        together.append(made.nearest(z, k))
+        alone.append([torch.cat(parts) for parts in zip(*(made.nearest(query[None], k) for query in z), strict=True)])
+    return together, alone
+
+
+@pytest.mark.parametrize(("m", "d"), [(5, 30), (17, 6), (4099, 64)])
+def test_an_answer_depends_on_nothing_but_the_query_and_the_entries(m, d, monkeypatch):
+    """To the bit: not on the other queries, nor on the blocks."""
+    together, alone = alone_and_together(m, d)
+    for answer in (*together[1:], *alone):
+        assert all(torch.equal(a, b) for a, b in zip(answer, together[0], strict=True))
+    if m < 100 and AVX512:  # control: without equal edges
+        monkeypatch.setattr(support_set, "_NARROW", 1)
+        together, alone = alone_and_together(m, d)
+        assert not all(torch.equal(answer[2], together[0].similarities) for answer in (*together, *alone))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_comparing_a_few_and_comparing_all_agree_to_the_bit(k, monkeypatch):
+    made = nnclr.SupportSet(6000, 64)
+    made.enqueue(torch.randn(2000, 64).repeat(3, 1), torch.arange(6000))  # each three times
+    z = torch.cat([made.vectors[:50], torch.randn(50, 64)])
+    few = made.nearest(z, k)
+    monkeypatch.setattr(support_set, "_LARGE", 6001)
+    assert all(torch.equal(a, b) for a, b in zip(few, made.nearest(z, k), strict=True))
+    if AVX512:  # control
+        z = torch.nn.functional.normalize(z, dim=1)
+        raw, _ = nearest_slots(z, made.vectors, made.enqueued, k, 4096, lambda some: made._compare_all(some, k))
+        assert not torch.equal(raw, few.similarities)
+
+
 def test_look_up_is_exact_under_autocast_and_low_matmul_precision():
     """A tight cluster, where scores in bfloat16 tie: they pick other neighbours, ours do not."""
     centre = torch.randn(1, 64)
@@ -196,6 +239,24 @@ def test_memory_is_bounded_by_blocks(k, d):
     with LargestTensor() as control:
         torch.randn(n, d) @ made.vectors.T
     assert control.elements == n * m
+
+
+def test_many_queries_of_a_huge_set_are_answered_a_part_at_a_time(monkeypatch):
+    """The maxima of groups grow with queries times slots, and are made for a bounded number of both."""
+    made, z, asked = filled(5000, 16, 5000), torch.randn(50, 16), []
+    expected = made.nearest(z, 3)
+
+    def counted(some, *rest):
+        asked.append(len(some))
+        return nearest_slots(some, *rest)
+
+    monkeypatch.setattr(support_set, "nearest_slots", counted)
+    monkeypatch.setattr(support_set, "bfloat16_is_native", lambda device: True)
+    for pairs, parts in ((2**32, [50]), (20 * 5000, [20, 20, 10]), (1, [1] * 50)):
+        monkeypatch.setattr(support_set, "_PAIRS", pairs)
+        asked.clear()
+        assert all(torch.equal(a, b) for a, b in zip(made.nearest(z, 3), expected, strict=True))
+        assert asked == parts
 
 
 def test_reading_and_writing_are_separate():

@@ -84,7 +84,8 @@ def test_a_sweep_runs_its_grid_and_reports_it(spec, tmp_path, capsys):
         (("seeds = [0, 1]", "seeds = 3"), "list of whole numbers"),
         (("seeds = [0, 1]", "sedes = [0]"), "'sedes' is unknown"),
         (("data = ", "preset = "), "lacks data"),
-        (("[grid]", "[grid"), "no readable sweep"),
+        (("[grid]", "[grid"), r"spec.toml is no TOML file \(line 17, column 6\); docs/sweep.md shows"),
+        (("[grid]", "[grid]\nx = [1,"), r"spec.toml is no TOML file \(line \d+, column \d+\); docs/sweep.md shows"),
         (("epochs = 1\n", "epochs = 1\nflip = 0.5\n"), r"name nothing that \[grid\] varies"),
         (("flip = [0.0]", "seed = [0, 1]"), r"seed belongs in neither .* use seeds = \[...\]"),
         (("epochs = 1\n", "epochs = 1\nseed = 3\n"), r"seed belongs in neither .* use seeds = \[...\]"),
@@ -112,6 +113,25 @@ def test_a_wrong_spec_is_refused_before_the_first_run(spec, tmp_path, change, wo
     with pytest.raises(InputError, match=words):
         sweep.run_sweep(spec, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x89PNG\r\n\x1a\n\xff", "is no TOML file; docs/sweep.md shows what a sweep looks like"),
+        (b"a = 1\na = 2", "is no TOML file (end of document); docs/sweep.md shows what a sweep looks like"),
+        (None, "cannot be read as a sweep: no such file or directory"),
+        ("folder", "cannot be read as a sweep: is a directory"),
+    ],
+)
+def test_what_is_no_spec_is_told_in_plain_words(capsys, tmp_path, content, said):
+    path = tmp_path / "spec.toml"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    assert cli.main(["sweep", str(path)]) == 2
+    assert capsys.readouterr().err == f"nnclr: {path} {said}\n"
 
 
 def test_each_combination_is_built_once_before_the_first_run(spec, tmp_path, monkeypatch):

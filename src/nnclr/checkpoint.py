@@ -3,8 +3,11 @@
 A checkpoint is a folder `step-00001000/` with `tensors.safetensors`, `state.json` and `manifest.json` (size
 and SHA-256 of the other two). It is written under a temporary name, fsynced file by file, and renamed: a
 folder without a manifest that fits does not exist for us. Nothing in it is ever unpickled.
+
+Training waits for the copy of the state alone: `TrainState.tensors` takes it, and a `BackgroundWriter` does the rest.
 """
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -13,7 +16,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +30,15 @@ from torch import Tensor, nn
 
 from nnclr.errors import FolderInUseError, NoCheckpointError, NonFiniteError, StorageError
 from nnclr.objectives import Objective
+from nnclr.support_set import SupportSet
 
 FORMAT = 1
 KEEP = 2  # verified checkpoints that stay
 _NAME = re.compile(r"step-(\d{8,})")
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms
 
 
 @dataclass
@@ -45,17 +53,46 @@ class TrainState:
     notes: dict[str, Any] = field(default_factory=dict)  # small JSON values: alarms, seconds trained
 
     def tensors(self) -> dict[str, Tensor]:
-        """A snapshot on the CPU: later steps do not change it."""
+        """A snapshot on the CPU: later steps do not change it. It takes as much memory as the state itself.
+
+        Sharded support sets are not in it; see `whole_shards`.
+        """
         state = {
-            **{f"backbone.{name}": value for name, value in self.backbone.state_dict().items()},
-            **{f"objective.{name}": value for name, value in self.objective.state_dict().items()},
-            **{f"average.{name}": value for name, value in self._average_state().items()},
+            **self._modules(),
             **{f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()},
             "rng.cpu": torch.get_rng_state(),
         }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             state["rng.cuda"] = torch.cuda.get_rng_state()
-        return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+        # From a GPU into pinned memory, all copies queued at once and then waited for once.
+        tensors = {name: value.detach().to("cpu", non_blocking=True, copy=True) for name, value in state.items()}
+        if "rng.cuda" in state:
+            torch.cuda.synchronize()
+        return tensors
+
+    def replicated(self) -> dict[str, Tensor]:
+        """What every rank must hold alike, not copied: weights and support set, but not each rank's batch norms."""
+        return {name: t.detach() for name, t in self._modules().items() if not name.endswith(_STATISTICS)}
+
+    def _modules(self) -> dict[str, Tensor]:
+        state = {
+            **{f"backbone.{name}": value for name, value in self.backbone.state_dict().items()},
+            **{f"objective.{name}": value for name, value in self.objective.state_dict().items()},
+            **{
+                f"average.{name}": value
+                for name, value in ({} if self.average is None else self.average.state_dict()).items()
+            },
+        }
+        of_a_rank = tuple(f"{name}." for name in self._shards())
+        return {name: value for name, value in state.items() if not name.startswith(of_a_rank)}
+
+    def whole_shards(self) -> dict[str, Tensor]:
+        """Sharded support sets as one, on rank 0; all ranks call it. To be laid over `tensors`."""
+        return {f"{name}.{key}": t for name, shard in self._shards().items() for key, t in shard.whole_state().items()}
+
+    def _shards(self) -> dict[str, SupportSet]:
+        modules = self.objective.named_modules(prefix="objective")
+        return {name: module for name, module in modules if isinstance(module, SupportSet) and module.sharded}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put a snapshot back; the hyper-parameters stay those of the config.
@@ -68,10 +105,11 @@ class TrainState:
             self.objective.load_state_dict(_below("objective.", tensors))
             if self.average is not None:
                 self.average.load_state_dict(_below("average.", tensors))
-            saved: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self._parameters()))}
+            parameters = self._parameters()
+            saved: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(parameters))}
             for name, value in _below("optimizer.", tensors).items():
                 index, key = name.split(".", 1)
-                saved[int(index)][key] = value
+                saved[int(index)][key] = _laid_out_as(parameters[int(index)], value)
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(
                 {"state": {i: state for i, state in saved.items() if state}, "param_groups": groups}
@@ -81,9 +119,6 @@ class TrainState:
             raise NoCheckpointError(f"the checkpoint does not fit the model: {error}") from error
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-
-    def _average_state(self) -> dict[str, Tensor]:
-        return {} if self.average is None else self.average.state_dict()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -99,6 +134,72 @@ class TrainState:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """With the parameter's strides, which fused optimisers take for granted; files hold tensors in the plain order."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def frozen_copy(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
+    """A copy of a module on the CPU, with the weights of a snapshot.
+
+    Args:
+        module: of which the snapshot was taken.
+        tensors: the snapshot; the copy takes over its tensors.
+        prefix: of the module's names in it.
+    """
+
+    def frozen(name: str, value: Tensor) -> Tensor:
+        taken = tensors.get(prefix + name)
+        return value.detach().to("cpu", copy=True) if taken is None else taken  # not every buffer is part of the state
+
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(frozen(name, p), requires_grad=False)
+        for name, p in module.named_parameters(remove_duplicate=False)
+    }
+    memo |= {id(b): frozen(name, b) for name, b in module.named_buffers(remove_duplicate=False)}
+    # What weight and spectral norm compute from parameters is an attribute that cannot be deep-copied.
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    memo |= {id(value): value.detach().to("cpu", copy=True) for value in attributes if isinstance(value, Tensor)}
+    return copy.deepcopy(module, memo).cpu()
+
+
+class BackgroundWriter:
+    """Does one write at a time in a thread of its own, so that training goes on meanwhile.
+
+    What a write raises, the next call raises, whichever it is. A process that ends waits for the write; one that is
+    killed leaves what a kill inside `save` leaves: the earlier checkpoint, or the new one.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Begin a write when the one before is done; what it writes must not change any more."""
+        self.wait()
+        self._pending = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what a write that is done has raised; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything submitted is on the disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
 
 
 @dataclass
@@ -135,7 +236,9 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        safetensors.torch.save_file(tensors, temporary / _TENSORS)
+        # Made contiguous here, in the background, and not when the snapshot is taken.
+        plain = {name: value.contiguous() for name, value in tensors.items()}
+        safetensors.torch.save_file(plain, temporary / _TENSORS)
         (temporary / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         files = {name: _fingerprint(temporary / name) for name in (_TENSORS, _STATE)}
         (temporary / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}))

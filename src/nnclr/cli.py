@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from typing import Any
 import tyro
 
 import nnclr
-from nnclr.errors import InputError, NNCLRError
-from nnclr.options import Compare, Demo, Embed, Evaluate, Explore, Export, Info, Report, Search, Sweep
+from nnclr.arguments import parse
+from nnclr.errors import DataError, InputError, NNCLRError
+from nnclr.options import Compare, Data, Demo, Embed, Evaluate, Explore, Export, Info, Pack, Report, Search, Sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _answer(arguments)
         sys.stdout.flush()
     except NNCLRError as error:
-        print(f"nnclr: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"nnclr: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # nnclr ... | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it leaves
@@ -67,13 +70,15 @@ def _run(verb: str, arguments: list[str]) -> None:
         "explore": (Explore, explore),
         "export": (Export, export),
         "report": (Report, report),
+        "pack": (Pack, pack),
+        "data": (Data, data),
         "info": (Info, info),
     }
     if verb == "pretrain":
         pretrain(arguments)
     elif verb in verbs:
         kind, function = verbs[verb]
-        function(tyro.cli(kind, args=arguments, prog=f"nnclr {verb}", description=kind.__doc__))
+        function(parse(kind, arguments, verb, description=kind.__doc__))
     else:
         raise InputError(f"'{verb}' is no command; there are pretrain, {', '.join(verbs)}")
 
@@ -88,20 +93,20 @@ def demo(options: Demo) -> None:
 def pretrain(arguments: list[str]) -> None:
     """`nnclr pretrain`: every flag is a field of `Config`."""
     from nnclr.config import Config, load_preset
-    from nnclr.training import pretrain as run_pretrain
 
-    dry_run = "--dry-run" in arguments
-    arguments = [argument for argument in arguments if argument != "--dry-run"]
+    words = [argument for argument in arguments if argument.replace("_", "-") != "--dry-run"]
+    dry_run, arguments = len(words) < len(arguments), words
     preset = _preset(arguments)
     defaults: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING}
     if preset is not None:
         defaults |= load_preset(preset)
     default = Config(**defaults | ({"out": "unused"} if dry_run else {}))
-    config = tyro.cli(
+    config = parse(
         Config,
+        arguments,
+        "pretrain",
+        also=["--dry-run"],
         default=default,
-        args=arguments,
-        prog="nnclr pretrain",
         description="Train a backbone without labels; run the same command again to resume. With --dry-run: show what "
         "the run would be, try two steps of it, and leave nothing behind.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
@@ -113,6 +118,8 @@ def pretrain(arguments: list[str]) -> None:
     if dry_run:
         _print_dry_run(given)
     else:
+        from nnclr.training import pretrain as run_pretrain
+
         run_pretrain(**given)
 
 
@@ -138,6 +145,7 @@ _OF_ALL_PROTOCOLS = ("encoder", "data", "protocol", "test", "baselines", "out", 
 def evaluate(options: Evaluate) -> None:
     """`nnclr evaluate`: progress on standard error, the records as JSON on standard output."""
     from nnclr.device import choose_device
+    from nnclr.distributed import process_group, rank
     from nnclr.evaluation import check_parameters
     from nnclr.evaluation import evaluate as run_evaluate
     from nnclr.evaluation.result import Result, append
@@ -159,18 +167,23 @@ def evaluate(options: Evaluate) -> None:
             protocol=options.protocol,
             num_workers=options.num_workers,
             seed=options.seed,
-            say=_on_stderr,
+            say=_on_stderr if rank() == 0 else None,
             **given,
         )
-        if file is not None:
-            append(result, file)
-        _on_stderr(result.in_words())
+        if rank() == 0:
+            if file is not None:
+                append(result, file)
+            _on_stderr(result.in_words())
         return result
 
-    encoder = open_encoder(options.encoder, device)
-    results = [measure(encoder, own)]
-    if options.baselines:
-        results += [measure(baseline, others) for baseline in baselines(encoder, options.seed)]
+    with process_group(device):
+        main = rank() == 0
+        encoder = open_encoder(options.encoder, device)
+        results = [measure(encoder, own)]
+        if options.baselines:
+            results += [measure(baseline, others) for baseline in baselines(encoder, options.seed)]
+    if not main:
+        return
     _show(results, folder if own is not None and options.out is None else None)
     records = [asdict(result) for result in results]
     print(json.dumps(records if options.baselines else records[0], indent=2))
@@ -222,18 +235,20 @@ def sweep(options: Sweep) -> None:
 def embed(options: Embed) -> None:
     """`nnclr embed`."""
     from nnclr.device import choose_device
+    from nnclr.distributed import process_group
     from nnclr.embed import embed_to_file
     from nnclr.pretrained import open_encoder
 
-    encoder = open_encoder(options.encoder, choose_device(options.device))
-    embed_to_file(
-        encoder,
-        options.data,
-        options.out,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-    )
+    device = choose_device(options.device)
+    with process_group(device):
+        embed_to_file(
+            open_encoder(options.encoder, device),
+            options.data,
+            options.out,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+        )
 
 
 def search(options: Search) -> None:
@@ -241,7 +256,11 @@ def search(options: Search) -> None:
     from nnclr.search import run_search
 
     values = {field.name: getattr(options, field.name) for field in fields(options)}
-    print(run_search(**values, say=_on_stderr))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(run_search(**values, width=width, say=_on_stderr))
+
+
+_OF_THE_PAGE = ("encoder", "host", "port", "token", "browser")
 
 
 def explore(options: Explore) -> None:
@@ -254,6 +273,12 @@ def explore(options: Explore) -> None:
     if options.atlas is not None:
         if len(options.embeddings) != 1:
             raise InputError("--atlas takes one file of embeddings")
+        for field in fields(options):
+            if field.name in _OF_THE_PAGE and getattr(options, field.name) != field.default:
+                flag = f"--{'no-' if field.default is True else ''}{field.name}"
+                raise InputError(
+                    f"--atlas writes a file and serves no page, on which {flag} has an effect; leave it out"
+                )
         write_atlas(options.embeddings[0], Path(options.atlas), data=options.data, projection=options.projection)
         return
     serve(
@@ -271,8 +296,10 @@ def explore(options: Explore) -> None:
 def export(options: Export) -> None:
     """`nnclr export`."""
     from nnclr.export import export as write
+    from nnclr.export import refuse_out
     from nnclr.pretrained import open_encoder
 
+    refuse_out(options.format, Path(options.out))
     run = options.encoder if (Path(options.encoder) / "config.toml").is_file() else None
     write(open_encoder(options.encoder), options.format, options.out, run=run)
 
@@ -281,7 +308,25 @@ def report(options: Report) -> None:
     """`nnclr report`."""
     from nnclr.report import write_report
 
-    print(write_report(Path(options.run), None if options.out is None else Path(options.out)))
+    print(write_report(Path(options.run), None if options.out is None else Path(options.out), say=_on_stderr))
+
+
+def pack(options: Pack) -> None:
+    """`nnclr pack`."""
+    from nnclr.pack import pack as write_shards
+
+    write_shards(options.data, options.out, size=options.size, shard_size=options.shard_size, quality=options.quality)
+
+
+def data(options: Data) -> None:
+    """`nnclr data check`: progress on standard error, the table on standard output."""
+    from nnclr.data_check import check_data, in_words
+
+    report = check_data(options.data, options.out, say=_on_stderr)
+    for line in in_words(report):
+        print(line)
+    if report["verdict"] != "fine":
+        raise DataError(report["verdict"])
 
 
 def _on_stderr(text: str) -> None:
@@ -320,9 +365,12 @@ def _usage() -> str:
   nnclr explore EMBEDDINGS...                a local web page: map, neighbours, search by picture
   nnclr export RUN_OR_ENCODER --format torchvision|timm|huggingface|onnx --out PATH
   nnclr report RUN                           one self-contained HTML file
+  nnclr pack DATA OUT [--size PIXELS]        tar shards with an index, for millions of images
+  nnclr data check DATA [--out FILE.json]    what is unreadable, double or odd, before a long run
   nnclr info [RUN|DATA]                      versions and devices; what a run or a data set holds
 
-DATA is a folder of images, FILE.parquet, torchvision:NAME or demo-photos. `nnclr COMMAND --help` explains the flags."""
+DATA is a folder of images, SHARDS.tar, FILE.parquet, hf:NAME, torchvision:NAME or demo-photos. `nnclr COMMAND --help`
+explains the flags."""
 
 
 if __name__ == "__main__":

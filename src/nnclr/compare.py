@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def compare(paths: list[str], out: Path | None = None) -> str:
         lines = _table("encoder", rows, columns, cells)
     table = "In %, with the 95 % interval of each figure.\n\n" + "\n".join(lines) + "\n"
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from error
         write_atomically(out / "compare.md", table.encode())
         write_atomically(out / "compare.csv", _csv(list(latest.values())).encode())
         draw_comparison(out / "compare.png", rows, columns, {k: (m.value, m.interval) for k, m in latest.items()})
@@ -65,17 +69,23 @@ def _table(corner: str, rows: list[str], columns: list[str], cells: dict[tuple[s
 def _read(path: Path) -> list[Measured]:
     """The figures of a run folder, of its baselines, or of a file."""
     found = []
-    for file in [path] if path.is_file() else [path / "evaluations.jsonl", path / "baselines.jsonl"]:
-        lines = file.read_bytes().decode("utf-8", "replace").splitlines() if file.is_file() else []
+    for file in [path / "evaluations.jsonl", path / "baselines.jsonl"] if path.is_dir() else [path]:
+        try:
+            lines = file.read_bytes().decode("utf-8", "replace").splitlines() if file.is_file() else []
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
         for number, line in enumerate(lines):
             try:
                 record = json.loads(line)
                 own = file.name == "evaluations.jsonl"  # in a run folder: the run's own encoder at some step
                 found += _figures(record, str(file.parent if own else record["encoder_name"]))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 if path.is_dir() and number == len(lines) - 1:  # cut off by a kill
                     continue
-                raise InputError(f"line {number + 1} of {file} is no evaluation result") from error
+                raise InputError(
+                    f"line {number + 1} of {file} is no evaluation result; name run folders, or .jsonl files that "
+                    "nnclr evaluate wrote"
+                ) from error
     if not found:
         raise InputError(
             f"{path} holds no evaluations; run nnclr evaluate on it, or name a run folder or a .jsonl file"
@@ -88,7 +98,7 @@ def _figures(record: dict[str, Any], encoder: str) -> list[Measured]:
     parameters, protocol, interval = record["parameters"], record["protocol"], record.get("interval")
     if protocol == "transfer":
         return [
-            Measured(encoder, f"transfer by {parameters['by']}, {row['title']}", row["value"], tuple(row["interval"]))
+            _measured(encoder, f"transfer by {parameters['by']}, {row['title']}", row["value"], row["interval"])
             for row in record["details"]["sets"]
         ]
     if protocol == "knn":
@@ -98,7 +108,15 @@ def _figures(record: dict[str, Any], encoder: str) -> list[Measured]:
     elif protocol == "linear" and parameters["augmentation"] != "none":
         protocol += " with augmentation"
     what = f"{protocol}, {record['metric']}, {record['n_test']} images of {record['test']}"
-    return [Measured(encoder, what, record["value"], None if interval is None else tuple(interval))]
+    return [_measured(encoder, what, record["value"], interval)]
+
+
+def _measured(encoder: str, what: str, value: Any, interval: Any) -> Measured:
+    """A figure whose numbers are numbers; ValueError or TypeError where they are not."""
+    low, high = (value, value) if interval is None else interval
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in (value, low, high)):
+        raise ValueError
+    return Measured(encoder, what, value, None if interval is None else (low, high))
 
 
 def _cell(measured: Measured | None) -> str:

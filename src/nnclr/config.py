@@ -22,7 +22,7 @@ from nnclr.objectives import OBJECTIVES, Objective, find_objective
 # often, but no bit of the weights. The images themselves are compared by fingerprint instead of by name.
 RESUME_MAY_CHANGE = frozenset(
     "data out preset test_data device num_workers checkpoint_every_steps log_every_steps "
-    "evaluate_every_epochs knn_k knn_temperature log_to extend_epochs".split()
+    "evaluate_every_epochs knn_k knn_temperature log_to extend_epochs shard_support_set".split()
 )
 
 
@@ -50,6 +50,8 @@ class Config:
     """Epochs added to a run; the cosine is laid anew over the whole, so the learning rate rises again."""
     batch_size: int = 256
     """Images a step, over all devices; the paper's best run has 4096."""
+    grad_cache: int | None = None
+    """Images whose activations are kept at a time: the exact loss of the whole batch in less memory, a third slower."""
     augmentation: Literal["byol", "simclr", "simsiam", "crop-only", "multi-crop"] = "byol"
     """Augmentation policy: byol is the paper's; multi-crop adds small views; the next fields change it in all views."""
     crop_min_scale: float | None = None
@@ -102,6 +104,8 @@ class Config:
     """Temperature of the softmax."""
     support_set_size: int | None = None
     """Embeddings in the support set; default the paper's 98304, but at most half of the images."""
+    shard_support_set: bool = False
+    """Keep a share of the support set on each process instead of all of it on each: for sets of millions."""
     embedding_dim: int = 256
     """Width of the embeddings that are contrasted."""
     projector_hidden_dim: int = 2048
@@ -195,6 +199,7 @@ _LOWEST: dict[str, tuple[float, bool]] = {
     "image_size": (8, False),
     "epochs": (0, True),
     "batch_size": (2, False),
+    "grad_cache": (1, False),
     "small_view_size": (8, False),
     "small_crop_min_scale": (0, True),
     "crop_max_ratio": (1, False),

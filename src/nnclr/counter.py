@@ -4,6 +4,8 @@ There is no generator whose state could be lost, shared or advanced in another o
 epoch, image, view, slot) is a hash of these, so resume, workers and world size cannot change it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,6 +51,33 @@ def uniform(seed: int, epoch: int, ids: np.ndarray, view: int, slots: int) -> np
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of an epoch, (n,) int64: the indices sorted by their hash."""
     return np.argsort(bits(seed, epoch, -1, np.arange(n)), kind="stable")
+
+
+def block_permutation(seed: int, epoch: int, sizes: Sequence[int], window: int) -> np.ndarray:
+    """An order of an epoch in which only some blocks of ids, such as shards, are in use at a time.
+
+    The blocks stand on a circle in the order of their hash, and each spreads its ids evenly over the places of the
+    `window` blocks that begin with it: where one block ends another begins, and a batch mixes `window` of them. Those
+    that began last reach over the end of the circle and are in use at the beginning, too.
+
+    Args:
+        seed: of the run.
+        epoch: from 0.
+        sizes: ids of each block; they are numbered through.
+        window: blocks that are mixed; with as many as there are, this is `permutation`.
+
+    Returns:
+        (n,) int64, each id once.
+    """
+    n, blocks = sum(sizes), len(sizes)
+    if window >= blocks:
+        return permutation(seed, epoch, n)
+    rank = np.empty(blocks, np.uint64)
+    rank[np.argsort(bits(seed, epoch, -3, np.arange(blocks)), kind="stable")] = np.arange(blocks, dtype=np.uint64)
+    shift = np.uint64(32)  # whole numbers: rounding would differ between machines
+    place = np.repeat(rank << shift, sizes)
+    place += (bits(seed, epoch, -1, np.arange(n)) >> shift) * np.uint64(window)
+    return np.argsort(place % (np.uint64(blocks) << shift), kind="stable")
 
 
 def draw(seed: int, epoch: int, position: int, attempt: int, n: int) -> int:

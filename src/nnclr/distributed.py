@@ -1,10 +1,40 @@
 """Everything that knows there is more than one process; each function is the identity when there is one."""
 
-from typing import Any
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from nnclr import errors
+from nnclr.errors import InputError, NNCLRError, PeerLostError, ReplicaError
+from nnclr.heartbeat import Heartbeat
+
+_HASHED = 2**16  # words at a time: what a core's cache holds as int64
+_TIMEOUT = timedelta(seconds=300)  # of a collective; the heartbeat notices lost processes long before
+_GOODBYE = 10.0  # seconds that taking leave of the others may take
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+
+_c10d: Any = dist  # which declares its stores in C++, unseen by type checkers
+
+_meetings: list[Any] = []  # the store of the job that this process is in
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by bytes of an element
 
 
 def world_size() -> int:
@@ -53,3 +83,315 @@ def gather(rows: Tensor) -> Tensor:
         return rows
     gathered: Tensor = _Gather.apply(rows)
     return gathered
+
+
+def exchange(parts: Tensor) -> Tensor:
+    """Give part r to rank r, and receive one from each.
+
+    Args:
+        parts: (world_size, ...) tensor of the same shape on every rank.
+
+    Returns:
+        (world_size, ...) tensor: part r is the one that rank r had for this rank.
+    """
+    if world_size() == 1:
+        return parts
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received
+
+
+def state_hash(tensor: Tensor) -> Tensor:
+    """A 64-bit hash of a tensor's bits, () int64, computed where the tensor is.
+
+    The bits are cut into words, and word i is multiplied by 2 i + 1; the sum wraps around. Odd factors are invertible,
+    so any change of one word is seen, and different ones, so words that swap places are too.
+    """
+    words = tensor.detach().contiguous().flatten().view(_WORDS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    factors = 2 * torch.arange(_HASHED, device=tensor.device) + 1
+    for start in range(0, len(words), _HASHED):
+        some = words[start : start + _HASHED].long()
+        total += (some * factors[: len(some)]).sum() + 2 * start * some.sum()
+    return total
+
+
+def assert_replicas_equal(tensors: Mapping[str, Tensor]) -> None:
+    """Compare by hash what every rank must hold alike; all ranks call it together, and it waits for the device.
+
+    Args:
+        tensors: of any dtype, under the same names in the same order on every rank.
+
+    Raises:
+        ReplicaError: on every rank if one bit differs on one of them; it names the ranks that are not like most.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    device = next(iter(tensors.values())).device
+    own = torch.stack([state_hash(tensor).to(device) for tensor in tensors.values()])
+    hashes = gather(own[None]).tolist()
+    differing = [column for column in range(len(own)) if len({row[column] for row in hashes}) > 1]
+    if not differing:
+        return
+    names = list(tensors)
+    seen = [row[differing[0]] for row in hashes]
+    (most, count), *others = Counter(seen).most_common()
+    alike = count > others[0][1]  # else nobody can tell who is right
+    odd = [number for number, value in enumerate(seen) if value != most or not alike]
+    whom = f"ranks {', '.join(map(str, odd))} differ" if len(odd) > 1 else f"rank {odd[0]} differs"
+    more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+    raise ReplicaError(
+        f"{whom} from {'the others' if alike else 'each other'} in {names[differing[0]]}{more}: the {world_size()} "
+        "ranks no longer train one model; start again from the last checkpoint, and suspect the device if the same "
+        "rank is named twice"
+    )
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 only; every rank gets its result, or raises its error.
+
+    Args:
+        function: gives a value that JSON can carry.
+
+    Raises:
+        NNCLRError: what the function raised on rank 0, on all ranks.
+    """
+    if world_size() == 1:
+        return function()
+    message: dict[str, Any] = {}
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            message = {"value": function()}
+        except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait for it)
+            failure = error
+            message = {"error": type(error).__name__, "text": str(error)}
+    message = broadcast(message)
+    if failure is not None:
+        raise told(failure) if isinstance(failure, NNCLRError) else failure
+    if "error" in message:
+        kind = getattr(errors, message["error"], NNCLRError)
+        raise told(kind(message["text"]) if issubclass(kind, NNCLRError) else NNCLRError(message["text"]))
+    return cast(T, message["value"])
+
+
+def told(error: NNCLRError) -> NNCLRError:
+    """Mark an error that all ranks raise together, so that rank 0 alone says it."""
+    error.shared, error.told = True, rank() != 0
+    return error
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank; anything that JSON can carry."""
+    if world_size() == 1:
+        return value
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    length = torch.tensor([len(content)], device=content.device)
+    dist.broadcast(length, 0)
+    if rank() != 0:
+        content = torch.empty(int(length), dtype=torch.uint8, device=content.device)
+    dist.broadcast(content, 0)
+    return json.loads(content.cpu().numpy().tobytes())
+
+
+def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's CPU tensors on every rank, one after the other."""
+    if world_size() == 1:
+        return dict(tensors)
+    header = broadcast([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()])
+    received = {}
+    for name, dtype, shape in header:
+        tensor = tensors[name] if rank() == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        on_device = tensor.to(_device())
+        dist.broadcast(on_device, 0)
+        received[name] = on_device.cpu()
+    return received
+
+
+def all_arrays(array: np.ndarray | None) -> list[np.ndarray]:
+    """The float32 arrays (n, d) of all ranks in rank order; d is the same, n may differ; None where a rank has none."""
+    if world_size() == 1:
+        return [] if array is None else [array]
+    shape = torch.tensor([(0, 0) if array is None else array.shape], device=_device())
+    shapes = gather(shape).tolist()
+    rows, width = max(n for n, _ in shapes), max(d for _, d in shapes)
+    padded = torch.zeros(rows, width, device=shape.device)
+    if array is not None:
+        padded[: len(array)] = torch.from_numpy(array).to(shape.device)
+    everyone = gather(padded[None]).cpu().numpy()
+    return [everyone[i, :n] for i, (n, d) in enumerate(shapes) if d]
+
+
+def mean(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean over ranks of each number; the names are the same on every rank. NaN where one of them is NaN."""
+    if world_size() == 1:
+        return dict(values)
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
+    dist.all_reduce(total)
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest of each element over ranks; nothing waits for the device."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks, however long one of them takes; a collective would give up after its timeout."""
+    if world_size() == 1:
+        return
+    if not _meetings:  # the group is not ours
+        dist.barrier()
+        return
+    store = _meetings[-1]
+    number = store.add(f"barrier/{rank()}", 1)
+    keys = [f"barrier/{other}/{number}" for other in range(world_size())]
+    store.set(keys[rank()], "here")
+    while not store.check(keys):
+        time.sleep(0.05)
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Compare texts that must be the same on every rank, before anything is done together.
+
+    Raises:
+        InputError: on every rank; it names what differs, and where.
+    """
+    if world_size() == 1:
+        return
+    hashes = torch.tensor(
+        [[int.from_bytes(_digest(text), "little", signed=True) for text in facts.values()]],
+        device=_device(),
+    )
+    everyone = gather(hashes).tolist()
+    for column, name in enumerate(facts):
+        odd = [number for number, row in enumerate(everyone) if row[column] != everyone[0][column]]
+        if odd:
+            raise told(
+                InputError(
+                    f"rank {odd[0]} has another {name} than rank 0; start every process with the same command and the "
+                    "same files"
+                )
+            )
+
+
+def replicate(module: M) -> M:
+    """The module as what to call in training: its gradients are then averaged over ranks during the backward.
+
+    Buffers are each rank's own: a support set is kept equal by its updates, and batch norms outside of CUDA see their
+    own rank's rows.
+    """
+    if world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
+        return module
+    with warnings.catch_warnings():  # the argument has a new name in torch 2.15, which 2.10 does not know
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        wrapped = nn.parallel.DistributedDataParallel(
+            module, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
+        )
+    return cast(M, wrapped)  # it is called in the same way
+
+
+def shared_batch_norm(module: M) -> M:
+    """Batch norms over the rows of all ranks, where the device can: on CUDA."""
+    if world_size() == 1 or _device().type != "cuda":
+        return module
+    return cast(M, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+
+
+def _device() -> torch.device:
+    """Where collectives take their tensors from."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:8]
+
+
+# ---- the beginning and the end of a job --------------------------------------------------------------------
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that torchrun, or another launcher that sets its variables, has started.
+
+    One process alone, and one whose group exists already, is left as it is. Inside, a rank that dies or freezes ends
+    all others with `PeerLostError`, or, where the main thread hangs in a collective, with exit code 85 at once.
+
+    Args:
+        device: `cuda` uses NCCL on device LOCAL_RANK, anything else gloo.
+
+    Raises:
+        InputError: if the launcher's variables are incomplete.
+        PeerLostError: if another process was lost or failed; the message has its cause.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE is set without {', '.join(missing)}; start the job with torchrun")
+    _die_with_parent()
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing else has to reach this machine
+    met, number, size = next(iter(_c10d.rendezvous("env://", timeout=timedelta(seconds=1800))))
+    own = _c10d.TCPStore(os.environ["MASTER_ADDR"], _port(met), is_master=False, timeout=_TIMEOUT)
+    # The launcher's store outlives its workers: after a restart it still holds the addresses of those that are gone.
+    attempt = f"nnclr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = _c10d.PrefixStore(f"{attempt}/group", met)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=size, timeout=_TIMEOUT)
+    heart = Heartbeat(_c10d.PrefixStore(f"{attempt}/heart", own), number, size)
+    _meetings.append(_c10d.PrefixStore(f"{attempt}/meet", met))
+    failure: str | None = None
+    try:
+        yield
+    except NNCLRError as error:
+        failure = None if error.shared else str(error)
+        raise
+    except RuntimeError as error:  # gloo and NCCL have no kind of their own for a peer that is gone
+        failure = f"{type(error).__name__}: {errors.first_line(error)}"
+        if not any(text in str(error) for text in _LOST):
+            raise
+        cause = heart.cause()
+        failure = None  # the first cause is another rank's
+        raise PeerLostError(
+            f"another process of the job was lost ({cause or errors.first_line(error)}); start the job again, it goes "
+            "on from the last checkpoint"
+        ) from error
+    except BaseException as error:
+        failure = type(error).__name__
+        raise
+    finally:
+        _meetings.pop()
+        heart.close(failure)
+        _take_leave()
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "timeout", "Broken pipe",
+         "remote process", "NCCL", "Connection refused", "Socket closed")  # fmt: skip
+
+
+def _port(store: Any) -> int:
+    """Where the store listens: a launcher may have chosen another port than MASTER_PORT."""
+    inner = store.underlying_store if isinstance(store, _c10d.PrefixStore) else store
+    return inner.port if isinstance(inner, _c10d.TCPStore) else int(os.environ["MASTER_PORT"])
+
+
+def _take_leave() -> None:
+    """Destroy the group; a peer that is gone must not keep this process from ending."""
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(_GOODBYE)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process with the launcher's agent, so that none is left behind (Linux)."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # not Linux: torchrun then has to end its workers itself
+        return

@@ -44,7 +44,10 @@ def dry_run(
     total = round(epochs * steps)
     flops, activations, width, dim = measure(state, sizes)
     fixed = fixed_memory(state)
-    needed, free = fixed + batch * activations, free_memory(torch.device(config.device))
+    views = batch * sum(12 * size**2 for size in sizes)  # bytes of the pixels, which stay where activations do not
+    kept = min(batch, config.grad_cache or batch)  # images whose activations are held at a time
+    fixed += 0 if kept == batch else views
+    needed, free = fixed + kept * activations, free_memory(torch.device(config.device))
     heads = sum(p.numel() for p in state.objective.parameters())
     lines = [
         f"{source.name}: {len(source)} images, {steps} steps an epoch, {total} steps",
@@ -73,7 +76,9 @@ def dry_run(
         return
     at, estimate = ("", "") if tried == batch else (f" at batch {tried}", f"; an estimate from batch {tried}")
     if tried < batch:
-        yield f"batch {batch} may not fit into this memory; use a smaller --batch-size or another --device"
+        parts = 0 if config.grad_cache else fitting_parts(batch, 0.9 * free - fixed - views, activations)
+        cache = f"--grad-cache {parts} for the same loss in less memory, " if parts else ""
+        yield f"batch {batch} may not fit into this memory; use {cache}a smaller --batch-size or another --device"
     yield f"two steps losses {losses[0]:.3f} and {losses[1]:.3f}, {rate:.0f} images/s{at}"
     yield f"time      about {duration(total * batch / rate)} for {epochs:g} epochs, without evaluations{estimate}"
 
@@ -108,6 +113,14 @@ def smaller_batch(batch: int, budget: float, activations: float, most: float) ->
     while 2 * tried < batch and 2 * tried * activations <= budget and 2 * tried <= most:
         tried *= 2
     return tried
+
+
+def fitting_parts(batch: int, budget: float, activations: float) -> int:
+    """The largest power of two below the batch that `grad_cache` may be within a budget of bytes; 0 for none."""
+    parts = 1
+    while 2 * parts < batch and 2 * parts * activations <= budget:
+        parts *= 2
+    return parts if activations <= budget else 0
 
 
 def fixed_memory(state: TrainState) -> int:

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nnclr import __version__
+from nnclr import __version__, distributed
 from nnclr.checkpoint import lock, write_atomically
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source, cell, printable, shown
@@ -51,6 +52,8 @@ def embed_to_file(
     say: Callable[[str], None] = print,
 ) -> Path:
     """Embed all images and write them to a file that `open_embeddings` opens; the same call goes on after a stop.
+
+    In a job of several ranks each calls it and computes its share of the parts; they need one file system.
 
     Images that cannot be read have no row; they are listed in `FILE.skipped.csv` (id, path, reason). Memory is that
     of one part, of at least 2048 rows, whatever the number of images.
@@ -83,31 +86,50 @@ def embed_to_file(
         raise InputError(f"a batch size of {batch_size} is below 1")
     if num_workers < 0:
         raise InputError(f"{num_workers} workers are below 0")
+    if distributed.rank() != 0:
+        say = _silent
     source = open_source(data)
     facts = _facts(encoder, source, data, dtype, batch_size, out.suffix)
+    distributed.agree({"encoder or set of images": _key(facts)})
     folder = out.with_name(f".{out.name}.parts")
-    if _is_done(out, folder, facts, say):
-        return out
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{shown(folder)} could not be made: {error.strerror}") from error
-    with lock(folder), StopRequest() as stop:
-        if _is_done(out, folder, facts, say):  # by the process that held the lock
+    parts = _Parts(folder, _key(facts), feature_dim(encoder.module, encoder.image_size), np.dtype(dtype))
+    ranges = _ranges(len(source), batch_size)
+    with ExitStack() as stack:
+        if distributed.from_main(lambda: _begin(parts, out, facts, say, stack)):
             return out
-        parts = _Parts(folder, _key(facts), feature_dim(encoder.module, encoder.image_size), np.dtype(dtype))
-        _claim(parts, out, facts)
-        ranges = _ranges(len(source), batch_size)
+        stop = stack.enter_context(StopRequest())
         try:
             _compute_missing(parts, ranges, _Embedder(encoder, source, batch_size, num_workers, dtype), say, stop)
-            _assemble(parts, ranges, source, out, facts, say)
+            distributed.barrier()
+            distributed.from_main(lambda: _assemble(parts, ranges, source, out, facts, say))
         except (Stopped, StorageError, DataError):
             raise
         except NNCLRError:  # to go on would end the same way, and the parts would only be in the way
-            shutil.rmtree(folder, ignore_errors=True)
+            if distributed.rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        if distributed.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def _silent(text: str) -> None:
+    """Rank 0 speaks for all."""
+
+
+def _begin(parts: "_Parts", out: Path, facts: dict[str, Any], say: Callable[[str], None], stack: ExitStack) -> bool:
+    """Claim the folder of parts until the stack is left; True where the file is done already."""
+    if _is_done(out, parts.folder, facts, say):
+        return True
+    try:
+        parts.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{shown(parts.folder)} could not be made: {error.strerror}") from error
+    stack.enter_context(lock(parts.folder))
+    if _is_done(out, parts.folder, facts, say):  # by the process that held the lock
+        return True
+    _claim(parts, out, facts)
+    return False
 
 
 @dataclass(frozen=True)
@@ -303,8 +325,10 @@ def _claim(parts: _Parts, out: Path, facts: dict[str, Any]) -> None:
 def _compute_missing(
     parts: _Parts, ranges: list[range], embedder: _Embedder, say: Callable[[str], None], stop: StopRequest
 ) -> None:
-    name, n = embedder.source.name, len(embedder.source)
-    missing = [rows for rows in ranges if parts.read(rows) is None]
+    name = embedder.source.name if distributed.world_size() == 1 else f"this process's part of {embedder.source.name}"
+    rank, ranks = distributed.rank(), distributed.world_size()
+    missing = [rows for rows in ranges[rank::ranks] if parts.read(rows) is None]
+    n = sum(len(rows) for rows in ranges[rank::ranks])
     before = n - sum(len(rows) for rows in missing)
     if before:
         say(f"embedding {name}: {before} of {n} images are there from before")

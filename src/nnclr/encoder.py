@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nnclr import distributed
 from nnclr.checkpoint import write_atomically
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_image, normalize
 from nnclr.data.decode import BadImage
@@ -110,12 +111,28 @@ class Encoder:
         """
         return np.concatenate(list(self.embed_batches(open_source(data), batch_size, num_workers)))
 
-    def embed_batches(self, source: Source, batch_size: int = 256, num_workers: int = 2) -> Iterator[np.ndarray]:
-        """The rows of `embed`, (batch, d) float32 at a time."""
+    def embed_batches(
+        self, source: Source, batch_size: int = 256, num_workers: int = 2, together: bool = False
+    ) -> Iterator[np.ndarray]:
+        """The rows of `embed`, (batch, d) float32 at a time.
+
+        Args:
+            source: the images.
+            batch_size: images at a time.
+            num_workers: threads that decode.
+            together: all ranks of the job call this; each computes its share of the same batches, and yields all.
+        """
+        rank, ranks = (distributed.rank(), distributed.world_size()) if together else (0, 1)
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-            for start in range(0, len(source), batch_size):
+            for first in range(0, len(source), ranks * batch_size):
+                start = first + rank * batch_size
                 rows = range(start, min(start + batch_size, len(source)))
-                yield self.embed_views(list(pool.map(lambda i: self._view_of(source, i), rows)))
+                views = list(pool.map(lambda i: self._view_of(source, i), rows))
+                features = self.embed_views(views) if views else None  # the last batches may be fewer than the ranks
+                if together:
+                    yield from distributed.all_arrays(features)
+                elif features is not None:
+                    yield features
 
     def view(self, image: np.ndarray) -> np.ndarray:
         """What the module sees of an image (h, w, 3) uint8 of any size, before it is normalised: (3, s, s) uint8."""

@@ -8,6 +8,8 @@ class NNCLRError(Exception):
     """
 
     exit_code = 1
+    shared = False  # whether all ranks of the job raise it together
+    told = False  # whether another rank says it, so that W ranks do not say it W times
 
 
 class InputError(NNCLRError):
@@ -34,6 +36,12 @@ class NonFiniteError(NNCLRError):
     exit_code = 82
 
 
+class ReplicaError(NNCLRError):
+    """What every rank must hold alike differs between them."""
+
+    exit_code = 82
+
+
 class StorageError(NNCLRError):
     """The run folder cannot be written: full, read-only or gone."""
 
@@ -44,6 +52,12 @@ class FolderInUseError(NNCLRError):
     """Another process is training in the same run folder."""
 
     exit_code = 84
+
+
+class PeerLostError(NNCLRError):
+    """Another process of the job died, froze or ended with an error of its own; start the job again to go on."""
+
+    exit_code = 85
 
 
 class NoCheckpointError(NNCLRError):

@@ -24,7 +24,9 @@ from nnclr.golden import golden_image
 from nnclr.model_card import versions, without_paths
 from nnclr.models.backbone import without_classifier
 
+FORMATS = ("torchvision", "timm", "huggingface", "onnx")
 OPSET = 18  # of ONNX: what PyTorch's exporter writes without converting, and old runtimes read
+_PICKLED = (".pth", ".pt")  # files of weights that are no safetensors
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux", "AuxLogits.")
 _LARGEST_DIFFERENCE = 1e-5  # of features after loading, in units of the largest one
 _LARGEST_ONNX_DIFFERENCE, _SMALLEST_COSINE = 1e-4, 0.9999  # the first absolute, where features are at most 1
@@ -58,14 +60,9 @@ def export(
         InputError: if the format cannot hold this encoder, `out` exists, a library is missing, or the features differ.
         StorageError: if `out` cannot be written.
     """
-    writers = {"torchvision": _torchvision, "timm": _timm, "huggingface": _huggingface, "onnx": _onnx}
     out = Path(out)
-    if format not in writers:
-        raise InputError(f"'{format}' is no export format; choose {', '.join(writers)}")
-    if not out.parent.is_dir():
-        raise InputError(f"{out} is to be in a folder that does not exist; make {out.parent} first")
-    if os.path.lexists(out):
-        raise InputError(f"{out} exists and is not overwritten; name another --out, or remove it")
+    refuse_out(format, out)
+    writers = {"torchvision": _torchvision, "timm": _timm, "huggingface": _huggingface, "onnx": _onnx}
     encoder = replace(encoder, module=on_cpu(encoder.module).eval(), provenance=without_paths(encoder.provenance))
     temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
@@ -87,6 +84,18 @@ def export(
     return out
 
 
+def refuse_out(format: str, out: Path) -> None:
+    """Raise the InputError for a format or a name that cannot be written, before an encoder is loaded for it."""
+    if format not in FORMATS:
+        raise InputError(f"'{format}' is no export format; choose {', '.join(FORMATS)}")
+    if format in ("torchvision", "timm") and out.suffix not in (".safetensors", *_PICKLED):
+        raise InputError(f"{out} must end in .safetensors or .pth")
+    if not out.parent.is_dir():
+        raise InputError(f"{out} is to be in a folder that does not exist; make {out.parent} first")
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists and is not overwritten; name another --out, or remove it")
+
+
 def _torchvision(encoder: Encoder, path: Path, title: str, run: str | Path | None) -> list[str]:
     """A state dict that fits torchvision's model, but for the classifier."""
     from torchvision import models
@@ -105,7 +114,7 @@ def _torchvision(encoder: Encoder, path: Path, title: str, run: str | Path | Non
             f"torchvision's {name} is another network than this one ({len(wrong)} keys differ, for example "
             f"{sorted(wrong)[0]}); export to timm, huggingface or onnx"
         )
-    _write_weights(encoder.module, path, title)
+    _write_weights(encoder.module, path)
     missing, unexpected = stock.load_state_dict(_read_weights(path), strict=False)
     if set(missing) != absent or unexpected:
         raise InputError(f"the written file does not fit torchvision's {name}; nothing is kept")
@@ -123,7 +132,7 @@ def _timm(encoder: Encoder, path: Path, title: str, run: str | Path | None) -> l
 
     name = _timm_architecture(encoder)
     arguments = _timm_arguments(encoder)
-    _write_weights(encoder.module, path, title)
+    _write_weights(encoder.module, path)
     try:
         stock = timm.create_model(name, checkpoint_path=str(path), num_classes=0, **arguments).eval()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -294,14 +303,12 @@ def _other_network(name: str, error: Exception) -> InputError:
     )
 
 
-def _write_weights(module: nn.Module, path: Path, title: str) -> None:
+def _write_weights(module: nn.Module, path: Path) -> None:
     state = {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(state, path, {"format": "pt"})
-    elif path.suffix in (".pth", ".pt"):
+    if path.suffix in _PICKLED:
         torch.save(state, path)
     else:
-        raise InputError(f"{title} must end in .safetensors or .pth")
+        safetensors.torch.save_file(state, path, {"format": "pt"})
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

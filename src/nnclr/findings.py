@@ -5,7 +5,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -201,16 +201,25 @@ def judge(record: Record) -> Finding:
         if last["value"] > first["value"]:
             text = f"kNN accuracy is above that of {before}, but by less than its uncertainty."
             return Finding("It is not clear yet", text, "missing")
-        return Finding("No sign of learning", f"kNN accuracy is not above that of {before}.", "bad")
+        return _no_sign(record, f"kNN accuracy is not above that of {before}")
     loss, chance = record.series("loss"), record.series("loss_chance")
     if not loss or not chance:
         return Finding(
             "It cannot be told", "There is neither a kNN accuracy nor a chance level of the loss.", "missing"
         )
     if loss[-1][1] >= CLEARLY_BELOW * chance[-1][1]:
-        return Finding("No sign of learning", "The loss is at its chance level.", "bad")
+        return _no_sign(record, "The loss is not clearly below its chance level")
     text = "The loss is well below its chance level and nothing has collapsed; without labels there is no more to say."
     return Finding(learns, text, "good")
+
+
+def _no_sign(record: Record, text: str) -> Finding:
+    """The verdict where nothing was learned, which so little training says nothing about."""
+    if len(record.metrics) == 1:
+        return Finding("It is too early to tell", f"{text}, and only one step was logged.", "missing")
+    if record.metrics[-1].get("epoch", 1) < 1:
+        return Finding("It is too early to tell", f"{text}, after less than one pass over the images.", "missing")
+    return Finding("No sign of learning", f"{text}.", "bad")
 
 
 def findings(record: Record) -> list[Finding]:
@@ -238,6 +247,17 @@ def collapses(record: Record) -> tuple[list[str], bool]:
     return warnings, monitor.low >= monitor.patience
 
 
+def earlier(points: list[tuple[int, float]], show: Callable[[float], str]) -> str:
+    """`34.0 % at step 10`: a measure as it was first logged; empty where it was logged once."""
+    return f"{show(points[0][1])} at step {points[0][0]:,}" if len(points) > 1 else ""
+
+
+def took(record: Record) -> str:
+    """Time that the logged steps took, in words; empty where it is not known."""
+    whole = seconds(record)
+    return "" if whole == 0 else "less than a second" if whole < 1 else duration(whole)
+
+
 def seconds(record: Record) -> float:
     """Time that the logged steps took, without evaluations and checkpoints."""
     steps = [{"images": 0.0}, *record.metrics]
@@ -246,6 +266,10 @@ def seconds(record: Record) -> float:
         for before, line in pairwise(steps)
         if line.get("images_per_second", 0) > 0 and "images" in line and "images" in before
     )
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def _or(value: float, default: float) -> float:
@@ -257,13 +281,13 @@ def _what(record: Record) -> Finding:
     name = data.get("name") if isinstance(data, dict) else config.get("data")
     images = "" if record.images is None else f" on {record.images:,} images"
     epochs = record.metrics[-1].get("epoch") if record.metrics else None
-    passed = "" if epochs is None else f", {epochs:.3g} epochs"
+    passed = "" if epochs is None else f", {epochs:.3g} epoch{'' if epochs == 1 else 's'}"
     of = "" if record.total is None else f" of {record.total:,}"
-    took = f" The steps took {duration(seconds(record))}." if seconds(record) else ""
+    time = f" The steps took {took(record)}." if took(record) else ""
     text = (
         f"{config.get('objective', 'An unknown objective')} trained {config.get('backbone', 'an unknown backbone')}"
         f"{images} of {name or 'unknown data'}: step {record.step:,}{of}{passed}, batch "
-        f"{config.get('batch_size', 'unknown')}, {config.get('image_size', '?')} px.{took}"
+        f"{config.get('batch_size', 'unknown')}, {config.get('image_size', '?')} px.{time}"
     )
     if record.total is not None and record.step < record.total:
         return Finding("Training", f"{text} It is not finished: the same command goes on.", "missing")
@@ -274,8 +298,8 @@ def _loss(record: Record) -> Finding:
     loss, chance = record.series("loss"), dict(record.series("loss_chance"))
     if not loss:
         return Finding("Loss", "No loss was logged.", "missing")
-    (_, first), (step, last) = loss[0], loss[-1]
-    text = f"{last:.3f} at step {step:,}, {first:.3f} at step {loss[0][0]:,}"
+    step, last = loss[-1]
+    text = _joined(f"{last:.3f} at step {step:,}", earlier(loss, "{:.3f}".format))
     if step not in chance:
         return Finding("Loss", f"{text}; this objective has no chance level.", "plain")
     level = chance[step]
@@ -342,15 +366,18 @@ def _neighbours(record: Record) -> Iterator[Finding]:
     if not similarity:
         if record.metrics:
             text = f"{record.config.get('objective', 'The objective')} looks up none, so they have no purity or age."
+            if math.isfinite(record.setting("support_set_size")):
+                text = "None was looked up in what was logged: the support set is empty at first."
             yield Finding("Neighbours", text, "missing")
         return
     if purity:
         tone: Tone = "good" if purity[-1][1] > purity[0][1] + 0.02 else "plain"
         text = f"{percent(purity[-1][1])} of the neighbours have their query's label"
-        yield Finding("Neighbour purity", f"{text}, {percent(purity[0][1])} at first.", tone)
+        yield Finding("Neighbour purity", f"{_joined(text, earlier(purity, percent))}.", tone)
     else:
         yield Finding("Neighbour purity", "Not measured: no labels.", "missing")
-    yield Finding("Neighbour similarity", f"{similarity[-1][1]:.2f} (cosine), {similarity[0][1]:.2f} at first.")
+    text = _joined(f"{similarity[-1][1]:.2f} (cosine)", earlier(similarity, "{:.2f}".format))
+    yield Finding("Neighbour similarity", f"{text}.")
     if age:
         size = record.setting("support_set_size")
         added = record.setting("batch_size") * (2 if record.config.get("enqueue_both_views") is True else 1)
@@ -371,7 +398,7 @@ def _spread(record: Record) -> Iterator[Finding]:
     if rank:
         low = math.isfinite(most) and rank[-1][1] < 0.1 * most
         of = f" of at most {most:.0f}" if math.isfinite(most) else ""
-        text = f"{rank[-1][1]:.1f}{of} (width and batch), {rank[0][1]:.1f} at first"
+        text = _joined(f"{rank[-1][1]:.1f}{of} (width and batch)", earlier(rank, "{:.1f}".format))
         yield Finding(
             "Effective rank", text + (": less than a tenth is used." if low else "."), "bad" if low else "good"
         )
@@ -384,7 +411,12 @@ def _spread(record: Record) -> Iterator[Finding]:
         text = f"{warning[0].upper()}{warning[1:]}."
         yield Finding("Collapse", text if now else f"{text} It recovered.", "bad")
     if rank and std and not warnings:
-        yield Finding("Collapse", "No warning in the whole run.", "good")
+        monitor, logged = CollapseMonitor(), min(len(rank), len(std))
+        if logged < monitor.warmup + monitor.patience:
+            text = f"Too few steps were logged to warn of one: {logged} of {monitor.warmup + monitor.patience}."
+            yield Finding("Collapse", text, "missing")
+        else:
+            yield Finding("Collapse", "No warning in the whole run.", "good")
 
 
 def _operation(record: Record) -> Iterator[Finding]:

@@ -2,15 +2,17 @@
 
 import json
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnclr import distributed
 from nnclr.checkpoint import write_atomically
 from nnclr.data.loader import Batch
 from nnclr.errors import NonFiniteError
@@ -78,31 +80,101 @@ def neighbour_purity(neighbours: Sequence[Neighbours], ids: Tensor, labels: Tens
     return same / found if found else float("nan")
 
 
-def finite_grad_norm(out: Output, parameters: list[Tensor], batch: Batch, run: Path) -> Tensor:
-    """Norm of the whole gradient.
+class StepCheck:
+    """Whether each step was finite and whether anybody asked to stop, decided alike on all ranks.
 
-    Raises:
-        NonFiniteError: if loss or gradient is not finite; raised before the optimiser sees it, with the
-            images of the batch written to `nonfinite/`.
+    On CUDA the answer to a step is read after the next one was queued, so that nothing waits for the device; the
+    optimiser leaves the weights alone meanwhile (`optim.guarded_step`). On the CPU it is read at once.
+
+    Args:
+        run: where a step that is not finite is described.
+        device: of the run.
     """
-    norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss = out.loss.detach()
-    if not torch.isfinite(loss + norm):  # the one wait for the device in a step
-        record = {
-            "step": batch.step,
-            "loss": repr(loss.item()),
-            "grad_norm": repr(norm.item()),
-            "ids": batch.ids.tolist(),
-        }
-        (run / "nonfinite").mkdir(exist_ok=True)
-        path = run / "nonfinite" / f"step-{batch.step:08d}.json"
-        write_atomically(path, (json.dumps(record) + "\n").encode())
-        raise NonFiniteError(
-            f"loss {loss.item()} and gradient norm {norm.item()} at step {batch.step} are not both finite; the "
+
+    def __init__(self, run: Path, device: torch.device) -> None:
+        self.run, self.lag = run, int(device.type == "cuda")
+        self.waiting: deque[_Posted] = deque()
+
+    def post(self, batch: Batch, out: Output, parameters: list[Tensor], asked: bool) -> tuple[Tensor, Tensor]:
+        """Take a step after its backward.
+
+        Args:
+            batch: of the step.
+            out: its loss, () float32.
+            parameters: whose gradients are looked at.
+            asked: whether this process was asked to stop.
+
+        Returns:
+            Norm of the whole gradient, and whether the step may be taken: 0-dim tensors on the device.
+        """
+        norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss = out.loss.detach()
+        bad = ~torch.isfinite(loss + norm)
+        stop = torch.full((), float(asked), device=norm.device)
+        flags = distributed.largest(torch.stack([bad.float(), stop]))
+        self.waiting.append(_Posted.of(flags, batch.step, batch.ids, loss, norm))
+        return norm, flags[0] == 0
+
+    def read(self, settle: bool = False) -> bool:
+        """Whether any rank was asked to stop.
+
+        Args:
+            settle: also read the last step, waiting for the device.
+
+        Raises:
+            NonFiniteError: on all ranks; the weights are those before the step, and the images of the batch are
+                written to `nonfinite/`.
+        """
+        asked = False
+        while len(self.waiting) > (0 if settle else self.lag):
+            step = self.waiting.popleft()
+            not_finite, stop = step.flags()
+            if not_finite:
+                raise distributed.told(self._failure(step))
+            asked |= bool(stop)
+        return asked
+
+    def _failure(self, step: "_Posted") -> NonFiniteError:
+        loss, norm = distributed.gather(step.loss[None]), step.norm.item()
+        ids = distributed.gather(step.ids).tolist()
+        value = next((x for x in loss.tolist() if not math.isfinite(x)), loss.mean().item())
+        path = self.run / "nonfinite" / f"step-{step.number:08d}.json"
+        record = {"step": step.number, "loss": repr(value), "grad_norm": repr(norm), "ids": ids}
+        if distributed.rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, (json.dumps(record) + "\n").encode())
+        return NonFiniteError(
+            f"loss {value} and gradient norm {norm} at step {step.number} are not both finite; the "
             f"weights were not changed and the last checkpoint is good: see {path}, lower the learning rate or "
             "use --precision fp32"
         )
-    return norm
+
+
+@dataclass
+class _Posted:
+    """A step whose answer is on its way to the host."""
+
+    answer: Tensor  # (2,) float32 on the host: not finite, asked to stop
+    arrived: torch.cuda.Event | None
+    number: int
+    ids: Tensor
+    loss: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, flags: Tensor, number: int, ids: Tensor, loss: Tensor, norm: Tensor) -> Self:
+        if flags.device.type != "cuda":
+            return cls(flags, None, number, ids, loss, norm)
+        answer = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(answer, arrived, number, ids, loss, norm)
+
+    def flags(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        values: list[float] = self.answer.tolist()
+        return values
 
 
 @dataclass

@@ -1,21 +1,26 @@
-"""`nnclr info`: versions and devices, and what a run folder or a data set holds."""
+"""`nnclr info`: versions and devices, and what a run folder or a data set holds.
+
+torch takes seconds to import, so that it is left alone where it has nothing to say.
+"""
 
 import importlib.util
 import json
+import os
 import platform
+import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import nnclr
-from nnclr.data.source import open_source
-from nnclr.run_folder import Run
 
+# What the system shows of a driver for NVIDIA, AMD, or either under Windows; without one torch finds no GPU on Linux.
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _EXTRAS = {
     "demo": "skimage",
     "parquet": "pyarrow",
+    "hub": "datasets",
+    "remote": "fsspec",
     "plot": "matplotlib",
     "transfer": "scipy",
     "index": "faiss",
@@ -40,14 +45,23 @@ def describe(target: str | None) -> Iterator[str]:
 
 
 def _installation() -> Iterator[str]:
-    yield f"nnclr {nnclr.__version__}, Python {platform.python_version()}, torch {torch.__version__}"
-    devices = ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
-    yield f"threads {torch.get_num_threads()}, devices {', '.join(devices)}"
+    yield f"nnclr {nnclr.__version__}, Python {platform.python_version()}, torch {version('torch')}"
+    yield f"devices: {', '.join([f'cpu with {os.cpu_count()} cores', *_gpus()])}"
     for extra, module in _EXTRAS.items():
         yield f"{extra}: {'installed' if importlib.util.find_spec(module) else f'pip install nnclr[{extra}]'}"
 
 
+def _gpus() -> list[str]:
+    if sys.platform == "linux" and not any(map(os.path.exists, _DRIVERS)):
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
 def _run(path: Path) -> Iterator[str]:
+    from nnclr.run_folder import Run
+
     run = Run(path)
     yield (path / "config.toml").read_text().rstrip("\n")
     if run.metrics:
@@ -57,6 +71,10 @@ def _run(path: Path) -> Iterator[str]:
 
 
 def _data(data: str) -> Iterator[str]:
+    import numpy as np
+
+    from nnclr.data.source import open_source
+
     source = open_source(data)
     yield f"{source.name}: {len(source)} images, fingerprint {source.fingerprint[:16]}"
     if source.labels is None or source.class_names is None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from nnclr import counter
+from nnclr import counter, distributed
 from nnclr.checkpoint import write_atomically
 from nnclr.data.augment import eval_image
 from nnclr.data.decode import BadImage
@@ -30,7 +30,7 @@ _WIDTH = (1 + NEIGHBOURS) * (_TILE + _GAP) + 3 * _GAP
 
 
 def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Source, bad: dict[int, str]) -> None:
-    """A sheet of fixed queries and what `SupportSet.nearest` returns for them, nearest first.
+    """A sheet of fixed queries and what `SupportSet.nearest` returns for them, nearest first; all ranks call it.
 
     With labels a neighbour's frame is green where its label is the query's and red where it is not; grey
     marks an older embedding of the query itself. The figure below each is the cosine similarity.
@@ -51,6 +51,8 @@ def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Sour
     with torch.no_grad():
         found = support_set.nearest(projector(features), k=min(NEIGHBOURS, support_set.size))
     projector.train(was_training)
+    if distributed.rank() != 0:  # they were needed for the look-up
+        return
     rows = [
         (query, [(i, s) for i, s in zip(ids, similarities, strict=True) if s > -np.inf])
         for query, ids, similarities in zip(queries, found.ids.tolist(), found.similarities.tolist(), strict=True)

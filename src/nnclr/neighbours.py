@@ -68,7 +68,7 @@ class NeighbourIndex:
 
         Args:
             queries: (q, d) or (d,), normalised here.
-            k: at least 1, cut to n.
+            k: at least 1, cut to n (scikit-learn refuses a larger one).
 
         Returns:
             Similarities (q, k) float32, best first, and rows (q, k) int64. An approximate search that finds fewer

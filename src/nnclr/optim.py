@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
@@ -55,7 +57,13 @@ class LARS(torch.optim.Optimizer):
         momentum: in [0, 1).
         weight_decay: L2 coefficient.
         trust_coefficient: eta.
+
+    Attributes:
+        found_inf: None, or a 0-dim float tensor on the device, as torch's fused optimisers know it: where it is
+            not 0, a step leaves weights and momentum as they are, to the bit.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -87,30 +95,122 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(parameters, group)
+            for device in {parameter.device for parameter in group["params"]}:
+                parameters = [p for p in group["params"] if p.grad is not None and p.device == device]
+                if parameters:
+                    self._update(parameters, group)
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        # Multi-tensor operations: a few launches for the whole group instead of ten for each parameter.
-        updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        if group["trust_coefficient"] is not None:
-            weight_norms = torch._foreach_norm(parameters)
-            update_norms = torch._foreach_norm(updates)
-            ratios = [
-                torch.where((w > 0) & (u > 0), group["trust_coefficient"] * w / u, 1.0)
-                for w, u in zip(weight_norms, update_norms, strict=True)
-            ]
-            torch._foreach_mul_(updates, ratios)
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+        buffers = [_momentum_buffer(self.state[parameter], parameter) for parameter in parameters]
+        gradients = [_laid_out_as(b, p.grad) for b, p in zip(buffers, parameters, strict=True) if p.grad is not None]
+        weights = [_laid_out_as(b, p) for b, p in zip(buffers, parameters, strict=True)]
+        # The kernels skip where it is 1 and nowhere else.
+        found_inf = None if self.found_inf is None else (self.found_inf != 0).float()
+        move = partial(_move, found_inf=found_inf, momentum=group["momentum"], lr=group["lr"])
+        decay, trust = group["weight_decay"], group["trust_coefficient"]
+        if trust is None:
+            move(weights, gradients, buffers, weight_decay=decay)
+        elif parameters[0].device.type == "cpu":
+            _move_one_by_one(move, weights, gradients, buffers, decay, trust)
+        else:
+            _move_together(move, weights, gradients, buffers, decay, trust)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            if weight is not parameter:
+                parameter.copy_(weight)
+
+
+def _momentum_buffer(state: dict[str, Any], parameter: Tensor) -> Tensor:
+    """The buffer in the state of a parameter, with the parameter's strides if those have no gaps."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    elif state["momentum_buffer"].stride() != parameter.stride():  # loaded, or the model was made channels-last since
+        state["momentum_buffer"] = _laid_out_as(torch.empty_like(parameter), state["momentum_buffer"])
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
+
+
+def _laid_out_as(other: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor itself or a copy with the strides of the other one.
+
+    Fused kernels go through memory and not through indices: on a CPU they pair the wrong elements of tensors with
+    different strides without a word, on CUDA they refuse them.
+    """
+    return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
+
+
+_sgd: Callable[..., None] = partial(sgd, fused=True)
+# The kernel below it, where it is to be had: for one tensor at a time the way there is 5 % of the whole step.
+_sgd_of_one: Callable[..., None] = (
+    partial(torch._fused_sgd_, is_first_step=False) if hasattr(torch, "_fused_sgd_") else _sgd
+)
+
+
+def _move(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    *,
+    momentum: float,
+    lr: float,
+    found_inf: Tensor | None,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+    kernel: Callable[..., None] = _sgd,
+) -> None:
+    """b = momentum * b + scale * (g + weight_decay * w); w -= lr * b: each number is read and written once."""
+    kernel(
+        weights,
+        gradients,
+        buffers if momentum else [],
+        found_inf=found_inf,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr if momentum else lr * scale,  # without momentum there is no dampening either
+        dampening=1 - scale,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def _move_one_by_one(
+    move: Callable[..., None],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    decay: float,
+    trust: float,
+) -> None:
+    """LARS on a CPU: a tensor's norms and its update come next to each other, while it is in the cache."""
+    for w, g, b in zip(weights, gradients, buffers, strict=True):
+        move([w], [g], [b], weight_decay=decay, scale=_trust_ratio(w, g, decay, trust), kernel=_sgd_of_one)
+
+
+def _trust_ratio(w: Tensor, g: Tensor, decay: float, trust: float) -> float:
+    """trust * ||w|| / ||g + decay * w||, the latter from three products, so that the sum is not written to memory."""
+    if w.dtype.itemsize < 4:
+        w, g = w.float(), g.float()
+    w, g = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (w, g))
+    ww, wg, gg = torch.dot(w, w).item(), torch.dot(w, g).item(), torch.dot(g, g).item()
+    uu = gg + 2 * decay * wg + decay**2 * ww
+    if uu < 0.25 * (math.sqrt(gg) + decay * math.sqrt(ww)) ** 2:  # they cancel, and with them the leading digits
+        uu = torch.linalg.vector_norm(g.add(w, alpha=decay)).item() ** 2
+    return trust * math.sqrt(ww / uu) if ww > 0 and uu > 0 else 1.0
+
+
+def _move_together(
+    move: Callable[..., None],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    decay: float,
+    trust: float,
+) -> None:
+    """LARS on a device: few launches for all tensors, and nothing is read back."""
+    updates = torch._foreach_add(gradients, weights, alpha=decay)
+    w, u = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
+    torch._foreach_mul_(updates, torch.where((w > 0) & (u > 0), trust * w / u, 1.0).unbind())
+    move(weights, updates, buffers)
 
 
 def create_optimizer(
@@ -133,7 +233,32 @@ def create_optimizer(
     for group in groups:
         group.pop("trust_coefficient", None)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
     raise ValueError(f"optimizer='{name}' is none of {', '.join(OPTIMIZERS)}")
+
+
+@torch.no_grad()
+def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """`optimizer.step()` where `finite` holds, and nothing at all where it does not, without waiting for the device.
+
+    Where it does not hold, weights, momentum, moments and step counters keep their bits (those that do not exist yet
+    are made, as zeros).
+
+    Args:
+        optimizer: one that `create_optimizer` made.
+        finite: 0-dim bool on the device of the parameters: whether loss and gradient are finite.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad = _laid_out_as(parameter, parameter.grad)
+                if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+                    # Its own first buffers are uninitialised memory until a step is taken.
+                    _momentum_buffer(optimizer.state[parameter], parameter)
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # what torch's fused kernels look at
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]

@@ -186,6 +186,34 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Write images as WebDataset tar shards with an index; the same command goes on after an interruption."""
+
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """Images; labels are kept."""
+    out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
+    """Folder for the shards and their index."""
+    size: int | None = None
+    """Pixels that the shorter side is reduced to; default none."""
+    shard_size: int = 256
+    """MB of a shard, at most."""
+    quality: int = 90
+    """JPEG quality of images that are reduced, or whose format is not stored."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Check images before a long run: what is unreadable, double or odd, and whether shards are damaged."""
+
+    action: tyro.conf.Positional[Annotated[Literal["check"], tyro.conf.arg(metavar="check")]]
+    """What to do."""
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """Images, all of which are read."""
+    out: str | None = None
+    """JSON file for the whole report."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Show versions and devices; with a run folder or data, what was found there."""
 

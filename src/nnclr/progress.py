@@ -2,10 +2,13 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+_EVERY = 10.0  # seconds between two lines
 
 
 def duration(seconds: float) -> str:
@@ -54,6 +57,30 @@ class Reporter:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class Lines:
+    """A line every ten seconds of work that goes through images: how many, how fast, how long still.
+
+    Args:
+        what: is being done, and to what.
+        total: images.
+        start: those that were done before.
+        say: takes the lines.
+    """
+
+    def __init__(self, what: str, total: int, start: int, say: Callable[[str], None]) -> None:
+        self.what, self.total, self.start, self.say = what, total, start, say
+        self._began = self._said = time.perf_counter()
+
+    def at(self, done: int) -> None:
+        """Note that so many images are done, those from before included."""
+        now = time.perf_counter()
+        if now - self._said > _EVERY and done < self.total:
+            rate = (done - self.start) / (now - self._began)
+            left = duration((self.total - done) / rate)
+            self.say(f"{self.what}: {done} of {self.total} images, {rate:.0f} img/s, {left} left")
+            self._said = now
 
 
 class Window:

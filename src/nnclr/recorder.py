@@ -1,22 +1,24 @@
 """What the training loop writes and prints: the console, metrics, evaluations, checkpoints, pictures and the report."""
 
+import copy
 import json
 import math
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import nnclr
-from nnclr import checkpoint, health, neighbour_sheet, plots, report, run_folder
+from nnclr import checkpoint, distributed, health, neighbour_sheet, plots, report, run_folder
 from nnclr.checkpoint import TrainState
 from nnclr.data.images import Source
 from nnclr.data.loader import Batch, Loader, Plan
 from nnclr.encoder import Encoder
+from nnclr.errors import StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
 from nnclr.objectives import NNCLR, Output
@@ -26,6 +28,8 @@ from nnclr.tracking import Tracker
 
 class Recorder:
     """Everything the loop writes and prints; it reads the training state and never changes it.
+
+    With several ranks each calls every method, since figures are those of all ranks together; rank 0 alone writes.
 
     Args:
         run: the run folder.
@@ -78,12 +82,14 @@ class Recorder:
         self.where = f"{device} {precision}"
         self.log_every, self.evaluate_every, self.checkpoint_every = log_every, evaluate_every, checkpoint_every
         self.log_to, self.knn = log_to, knn
-        self.reporter = Reporter(total, quiet)
+        self.main = distributed.rank() == 0
+        self.reporter = Reporter(total, quiet or not self.main)
         self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(device)
         self.monitor = health.CollapseMonitor()
         self.monitor.load_state_dict(state.notes.get("collapse", {}))
         self.window = Window()
         self.tracker: Tracker | None = None
+        self.writer = checkpoint.BackgroundWriter()
         self.finished = False
 
     def start(self, skipped: list[str] | None) -> None:
@@ -108,9 +114,9 @@ class Recorder:
                     "same images; own_id_share in metrics.jsonl tells how often those are the neighbours"
                 )
         begun = -1 if skipped is None else self.state.step
-        run_folder.forget_later_lines(self.run, begun)
+        distributed.from_main(lambda: run_folder.forget_later_lines(self.run, begun))
         self.loader.bad.update(run_folder.read_bad_samples(self.run))
-        if self.state.step < self.total:
+        if self.state.step < self.total and self.main:
             self.tracker = Tracker(self.log_to, self.run, begun, tomllib.loads(self.config), say)
         if skipped is None:
             if self.evaluate_every:
@@ -121,21 +127,42 @@ class Recorder:
         finished = ": it is finished" if self.state.step >= self.total else ""
         say(f"resumed {self.run} at step {self.state.step} of {self.total}{finished}")
 
+    def is_due(self) -> bool:
+        """Whether anything of this step is written down."""
+        return any(self._due())
+
+    def _due(self) -> tuple[bool, bool, bool]:
+        """Whether this step is logged, evaluated and saved."""
+        step, every, last = self.state.step, self.evaluate_every, self.state.step == self.total
+        evaluated = bool(every) and (math.floor(step / every) > math.floor((step - 1) / every) or last)
+        return step % self.log_every == 0 or last, evaluated, step % self.checkpoint_every == 0 or last
+
     def after_step(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
         """Log, evaluate and save where this step is due for it."""
-        step, every = self.state.step, self.evaluate_every
+        self.writer.check()
+        step = self.state.step
+        logged, evaluated, saved = self._due()
         self.window.add(batch.seconds)
         self.reporter.step(step, f"{self.window.rate(self.plan.batch_size):.0f} img/s")
-        if step % self.log_every == 0 or step == self.total:
+        if logged:
             self._log(batch, out, rate, grad_norm)
-        if every and (math.floor(step / every) > math.floor((step - 1) / every) or step == self.total):
+        if evaluated:
             self._evaluate()
-        if step % self.checkpoint_every == 0 and step < self.total:
+        if saved and step < self.total:
             self.save()
 
     def save(self) -> None:
-        """A checkpoint, and the encoder of this step."""
+        """A checkpoint, and the encoder of this step: copied now, written in the background, the checkpoint first.
+
+        So `encoder/` is never newer than the checkpoints. The copy takes as much memory as the training state until
+        it is written; the next save, `finish` and `close` wait for that, and raise what went wrong.
+        """
         began, state = time.perf_counter(), self.state
+        distributed.assert_replicas_equal(state.replicated())
+        shards = state.whole_shards()
+        if not self.main:
+            return
+        self.writer.wait()  # two copies at a time would be one too many
         state.notes["collapse"] = self.monitor.state_dict()
         facts = {
             "data": self.data,
@@ -144,17 +171,35 @@ class Recorder:
             "config": self.config,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "notes": state.notes,
+            "notes": copy.deepcopy(state.notes),
         }
-        checkpoint.save(self.run / "checkpoints", state.step, state.tensors(), facts)
-        self.encoder().save_pretrained(self.run / "encoder")
-        run_folder.write_bad_samples(self.run, self.loader.bad, self.source)
+        step, tensors, bad = state.step, state.tensors() | shards, dict(self.loader.bad)
+        encoder = replace(self.encoder(), module=checkpoint.frozen_copy(state.backbone, tensors, "backbone."))
+
+        def write() -> None:
+            try:
+                checkpoint.save(self.run / "checkpoints", step, tensors, facts)
+                encoder.save_pretrained(self.run / "encoder")
+                run_folder.write_bad_samples(self.run, bad, self.source)
+            except OSError as error:
+                raise StorageError(f"{self.run} cannot be written: {error}; make room and start it again") from error
+
+        self.writer.submit(write)
         self.window.exclude(time.perf_counter() - began)
+
+    def stop(self) -> None:
+        """A complete checkpoint before any rank leaves: a launcher ends the others as soon as one does."""
+        self.save()
+        self.writer.wait()
+        distributed.barrier()
 
     def finish(self) -> None:
         """The last checkpoint, the curves and the report; nothing is lost if this is interrupted and repeated."""
         self.save()
+        self.writer.wait()
         self.finished = True
+        if not self.main:
+            return
         plots.draw_curves(self.run)
         page = report.write_report(self.run, with_map=False)  # the map is what takes long
         if self.loader.bad:
@@ -163,10 +208,17 @@ class Recorder:
         self.reporter.say(f"finished: report in {page}, encoder in {self.run / 'encoder'}")
 
     def close(self) -> None:
-        """Give the terminal back, and let the other tools finish."""
+        """Give the terminal back, wait for the last write, and let the other tools finish.
+
+        Raises:
+            StorageError: if that write failed.
+        """
         self.reporter.close()
-        if self.tracker is not None:
-            self.tracker.close(self.finished)
+        try:
+            self.writer.close()
+        finally:
+            if self.tracker is not None:
+                self.tracker.close(self.finished)
 
     def encoder(self, averaged: bool = False) -> Encoder:
         """The backbone as it is now, or its average."""
@@ -184,12 +236,14 @@ class Recorder:
 
     def _log(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
         step, batch_size = self.state.step, self.plan.batch_size
-        z1, z2 = out.embeddings
+        z1, z2 = (distributed.gather(z) for z in out.embeddings[:2])
+        measured: dict[str, Tensor | float] = {"loss": out.loss.detach(), **out.metrics, "neighbour_purity": math.nan}
+        if self.labels is not None and out.neighbours:
+            measured["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
         values = {
-            "loss": float(out.loss.detach()),
+            **distributed.mean({name: float(value) for name, value in measured.items()}),
             "learning_rate": rate,
             "grad_norm": float(grad_norm),
-            **{name: float(value) for name, value in out.metrics.items()},
             "embedding_std": float(health.embedding_std(z1)),
             "rank_me": float(health.rank_me(z1)),
             "alignment": float(health.alignment(z1, z2)),
@@ -198,13 +252,12 @@ class Recorder:
             "images_per_second": self.window.rate(batch_size),
             "data_share": self.window.data_share(),
         }
-        if self.labels is not None and out.neighbours:
-            values["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         images = step * batch_size
         line = {"step": step, "epoch": step / self.plan.steps_per_epoch, "images": images, **values}
-        with open(self.run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.main:
+            with open(self.run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
         if self.tracker is not None:
             self.tracker.metrics(line)
         seconds_left = (self.total - step) * batch_size / max(values["images_per_second"], 1e-9)
@@ -227,7 +280,8 @@ class Recorder:
         began = time.perf_counter()
         if self.knn is not None:
             result = self.knn.measure(self.encoder())
-            append(result, self.run / "evaluations.jsonl")
+            if self.main:
+                append(result, self.run / "evaluations.jsonl")
             if self.tracker is not None:
                 self.tracker.evaluation(asdict(result))
             self.reporter.say(f"step {self.state.step:>5}/{self.total}  kNN {100 * result.value:.1f} %")

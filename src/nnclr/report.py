@@ -7,7 +7,9 @@ run that is unfinished or damaged gets a page that says what is missing.
 import base64
 import io
 import json
+import math
 import shlex
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,20 @@ from PIL import Image
 
 from nnclr.checkpoint import write_atomically
 from nnclr.errors import InputError
-from nnclr.findings import Finding, Record, escaped, findings, judge, percent, read_record, same_measure, seconds
+from nnclr.findings import (
+    Finding,
+    Record,
+    earlier,
+    escaped,
+    findings,
+    judge,
+    percent,
+    read_record,
+    same_measure,
+    took,
+)
 from nnclr.neighbour_sheet import SheetRow, read_sheet
 from nnclr.plots import Line, line_drawing
-from nnclr.progress import duration
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -49,13 +61,16 @@ _MARKS = {"good": "✓", "bad": "!", "plain": "·", "missing": "–"}
 _RECORDED = "nnclr commit command python torch numpy platform device threads data".split()  # of environment.json
 
 
-def write_report(run: Path, out: Path | None = None, *, with_map: bool = True) -> Path:
+def write_report(
+    run: Path, out: Path | None = None, *, with_map: bool = True, say: Callable[[str], None] | None = None
+) -> Path:
     """Write one self-contained HTML file about a run, finished or not.
 
     Args:
         run: the run folder.
         out: the file; default `report.html` in the run folder.
         with_map: embed up to 2,000 images for a map; without it the report takes about a second.
+        say: is told that the map takes a while.
 
     Returns:
         The file.
@@ -73,7 +88,7 @@ def write_report(run: Path, out: Path | None = None, *, with_map: bool = True) -
         "Summary": _summary(record),
         "Neighbours over time": _neighbours(record),
         "Curves": _curves(record),
-        "Map": _map(record, with_map),
+        "Map": _map(record, with_map, say),
         "Evaluations": _evaluations(record),
         "Use the encoder": _use(record),
         "Settings": _settings(record),
@@ -128,14 +143,13 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         points = [(e["step"], e["value"]) for e in record.knn] if name == "knn" else record.series(name)
         if points:
             chance = record.series("loss_chance")
-            note = (
-                f"chance {chance[-1][1]:.3f}" if name == "loss" and chance else f"{show.format(points[0][1])} at first"
-            )
+            note = f"chance {chance[-1][1]:.3f}" if name == "loss" and chance else earlier(points, show.format)
+            if name == "knn" and points[0][0] == 0:
+                note = note.replace("at step 0", "untrained")
             tiles.append((label, show.format(points[-1][1]).replace("%", " %"), note.replace("%", " %")))
     if record.metrics:
         total = "" if record.total is None else f"of {record.total:,}"
-        took = f", {duration(seconds(record))}" if seconds(record) else ""
-        tiles.append(("Steps", f"{record.step:,}", f"{total}{took}".strip(", ")))
+        tiles.append(("Steps", f"{record.step:,}", ", ".join(filter(None, (total, took(record))))))
     return tiles
 
 
@@ -161,7 +175,8 @@ def _neighbours(record: Record) -> str:
     sheets, damaged = _sheets(record)
     note = "".join(f"<p class=note>{escaped(name)} is no readable sheet and is left out.</p>" for name in damaged)
     if not sheets:
-        why = "the objective looks up no neighbours" if not record.series("neighbour_similarity") else "there are none"
+        known = record.series("neighbour_similarity") or math.isfinite(record.setting("support_set_size"))
+        why = "there are none" if known else "the objective looks up no neighbours"
         return f"<p>No pictures of neighbours: {why}.</p>{note}"
     labelled = any(row.frames["same"] + row.frames["other"] for _, rows in sheets for row in rows)
     legend = (
@@ -278,12 +293,17 @@ def _step_times(record: Record) -> tuple[list[tuple[int, float]], list[tuple[int
     return waiting, working
 
 
-def _map(record: Record, with_map: bool) -> str:
+def _map(record: Record, with_map: bool, say: Callable[[str], None] | None) -> str:
     if not with_map:
         command = f"nnclr report {shlex.quote(str(record.path))}"
         return f"<p>Drawn on request, since it embeds images anew: <code>{escaped(command)}</code></p>"
-    from nnclr.run_map import draw_map
+    from nnclr.run_map import MOST_IMAGES, draw_map
 
+    if say is not None:
+        say(
+            f"drawing the map of at most {MOST_IMAGES:,} images; the first one takes about half a minute more while "
+            "UMAP is compiled"
+        )
     drawn = draw_map(record)
     if isinstance(drawn, str):
         return f"<p>{escaped(drawn)}</p>"

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.cells import cell_len, set_cell_size
 
 from nnclr.checkpoint import write_atomically
 from nnclr.data.images import cell, shown
@@ -25,6 +26,7 @@ _ANSWERS = ("query", "rank", "id", "path", "label", "similarity")
 _DUPLICATES = ("group", "id", "path", "label", "other_id", "other_path", "other_label", "similarity")
 _HINTS = ("id", "path", "label", "suggested", "share", "own_share")
 _BATCH = 64  # pictures embedded at a time
+_NARROW = 12  # columns of a terminal that every column of a table keeps
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def run_search(
     duplicates: float | None = None,
     label_hints: bool = False,
     out: str | Path | None = None,
+    width: int | None = None,
     say: Callable[[str], None] = print,
 ) -> str:
     """All of `nnclr search`: one kind of question to a file of embeddings.
@@ -59,13 +62,15 @@ def run_search(
         embeddings: a file that `open_embeddings` opens.
         pictures: picture files whose neighbours are asked for.
         ids: ids of rows whose neighbours are asked for.
-        k: neighbours.
+        k: neighbours; where there are fewer rows, all of them, and `say` is told.
         together: take all pictures and ids as one query.
         encoder: what embeds the pictures, in place of the one that the file names.
         approximate: use an approximate index, kept beside the file.
         duplicates: the least similarity of what counts as the same picture.
         label_hints: list the rows whose neighbours carry another label.
         out: `FILE.csv` for all of the answer; what is returned may be cut.
+        width: columns of the terminal that will show the table; what is too long for it loses its middle. None: nothing
+            is shortened.
         say: takes lines about the work.
 
     Returns:
@@ -85,15 +90,16 @@ def run_search(
     opened = open_embeddings(embeddings)
     if queries:
         answer = _search(opened, pictures, ids, k, together, encoder, approximate, say)
-        text, table = results_table(answer), results_csv(answer)
+        text, table = results_table(answer, width), results_csv(answer)
     elif duplicates is not None:
         pairs = near_duplicates(opened.vectors, duplicates, say)
-        text, table = duplicates_table(opened, pairs, duplicates), duplicates_csv(opened, pairs)
+        text, table = duplicates_table(opened, pairs, duplicates, width), duplicates_csv(opened, pairs)
     else:
         if opened.labels is None:
             raise InputError(f"{shown(embeddings)} has no labels, so none can be wrong")
+        _compare_k(opened, k, len(opened) - 1, say)
         wrong = find_hints(_index(opened, approximate, say), opened.labels, k, say)
-        text, table = hints_table(opened, wrong), hints_csv(opened, wrong)
+        text, table = hints_table(opened, wrong, width), hints_csv(opened, wrong)
     if out is None:
         return text
     write_atomically(Path(out), table.encode())
@@ -133,9 +139,8 @@ def _search(
     approximate: bool,
     say: Callable[[str], None],
 ) -> list[Found]:
-    if k < 1:
-        raise InputError(f"-k {k}: ask for at least one neighbour")
     rows = _rows(opened, ids)
+    _compare_k(opened, k, len(opened) - (len(set(ids)) if together else min(len(ids), 1)), say)
     asked = [_picture_vectors(opened, pictures, encoder, say)] if pictures else []
     index = _index(opened, approximate, say)
     names = [*map(shown, pictures), *(f"id {i}" for i in ids)]
@@ -153,6 +158,14 @@ def _search(
     for name, (similarities, indices) in zip(names, each, strict=True):
         answers += _found(opened, name, similarities, indices)
     return answers
+
+
+def _compare_k(opened: Embeddings, k: int, most: int, say: Callable[[str], None]) -> None:
+    """Say it where k is more than the rows that can be found, which `NeighbourIndex` then returns all."""
+    if k < 1:
+        raise InputError(f"-k {k}: ask for at least one neighbour")
+    if 0 < most < k:
+        say(f"{shown(opened.path)} has {most} rows to find, fewer than -k {k}: all of them are used")
 
 
 def _found(opened: Embeddings, query: str, similarities: np.ndarray, rows: np.ndarray) -> list[Found]:
@@ -193,7 +206,8 @@ def _picture_vectors(
         try:
             image = decode(read_file(os.fspath(picture)))
         except BadImage as error:
-            raise InputError(f"{shown(picture)} cannot be used as a query: {error}") from error
+            reason = str(error).replace(error.reason, error.reason.replace("_", " "), 1)
+            raise InputError(f"{shown(picture)} cannot be used as a query: {reason}") from error
         views.append(made_by.view(image))
     return np.concatenate([made_by.embed_views(views[i : i + _BATCH]) for i in range(0, len(views), _BATCH)])
 
@@ -248,14 +262,15 @@ def _refuse_out(out: Path, embeddings: Path) -> None:
             raise InputError(f"--out {shown(out)} exists and holds no results of a search; choose another name")
 
 
-def results_table(found: Iterable[Found]) -> str:
-    """Answers as one small table a query."""
+def results_table(found: Iterable[Found], width: int | None = None) -> str:
+    """Answers as one small table a query; for `width` see `run_search`."""
     queries: dict[str, list[Found]] = {}
     for one in found:
         queries.setdefault(one.query, []).append(one)
     header = ("rank", "similarity", "id", "label", "path")
     blocks = [
-        f"{query}\n" + _table(header, [(f.rank, f"{f.similarity:.4f}", f.id, f.label, f.path) for f in answers])
+        f"{_shortened(query, width or cell_len(query))}\n"
+        + _table(header, [(f.rank, f"{f.similarity:.4f}", f.id, f.label, f.path) for f in answers], width)
         for query, answers in queries.items()
     ]
     return "\n\n".join(blocks) or "nothing found: there is no other row"
@@ -266,7 +281,7 @@ def results_csv(found: Iterable[Found]) -> str:
     return _csv(_ANSWERS, map(astuple, found))
 
 
-def duplicates_table(opened: Embeddings, duplicates: Duplicates, threshold: float) -> str:
+def duplicates_table(opened: Embeddings, duplicates: Duplicates, threshold: float, width: int | None = None) -> str:
     """Groups of near-duplicates, each with what its rows are and how similar the most similar other one is."""
     if not len(duplicates.pairs):
         return f"no two of {len(opened)} are at least {threshold:g} similar"
@@ -283,7 +298,7 @@ def duplicates_table(opened: Embeddings, duplicates: Duplicates, threshold: floa
     return (
         f"at least {threshold:g} similar: {len(duplicates.pairs)} of all pairs, {len(rows)} of {len(opened)} rows, in "
         f"groups: {groups}; one of each group kept, {len(rows) - groups} would go\n"
-        + _table(("group", "similarity", "id", "label", "path"), rows)
+        + _table(("group", "similarity", "id", "label", "path"), rows, width)
     )
 
 
@@ -297,7 +312,7 @@ def duplicates_csv(opened: Embeddings, duplicates: Duplicates) -> str:
     return _csv(_DUPLICATES, rows)
 
 
-def hints_table(opened: Embeddings, hints: Hints) -> str:
+def hints_table(opened: Embeddings, hints: Hints, width: int | None = None) -> str:
     """Rows whose neighbours carry another label, the clearest first."""
     if not len(hints.rows):
         return f"the neighbours of all {len(opened)} rows agree with their labels"
@@ -306,7 +321,7 @@ def hints_table(opened: Embeddings, hints: Hints) -> str:
         for i, path, label, suggested, share, own in _hints(opened, hints)
     ]
     return f"{len(rows)} of {len(opened)} rows have neighbours of another label: mistakes, or hard cases\n" + _table(
-        ("share", "own", "id", "label", "neighbours'", "path"), rows
+        ("share", "own", "id", "label", "neighbours'", "path"), rows, width
     )
 
 
@@ -334,17 +349,34 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]], width: int | None) -> str:
     """Columns under each other, numbers to the right; a column without any entry is left out."""
     visible = [[str(value) for value in row] for row in rows[:_SHOWN]]
     columns = [i for i in range(len(header)) if any(row[i] for row in visible)]
     lines = [[line[i] for i in columns] for line in [list(header), *visible]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(columns))]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROW:
+        widths[widths.index(max(widths))] -= 1
     right = [lines[-1][i][:1].isdigit() or lines[-1][i][:2].lstrip("-").isdigit() for i in range(len(columns))]
     right[-1] = False  # the path
     text = "\n".join(
-        "  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(line, widths, right, strict=True)).rstrip()
+        "  ".join(_placed(value, w, r) for value, w, r in zip(line, widths, right, strict=True)).rstrip()
         for line in lines
     )
     more = len(rows) - len(visible)
     return text + (f"\n... and {more} more: --out FILE.csv lists all" if more else "")
+
+
+def _placed(text: str, width: int, right: bool) -> str:
+    """A text in its column of a table; a letter of some scripts is two columns of a terminal wide."""
+    text = _shortened(text, width)
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space
+
+
+def _shortened(text: str, width: int) -> str:
+    """A text that is too long without its middle; more of its end stays, since that is where names of files differ."""
+    if cell_len(text) <= width:
+        return text
+    tail = 2 * width // 3
+    return set_cell_size(text, width - 1 - tail).rstrip() + "…" + set_cell_size(text[::-1], tail)[::-1].lstrip()

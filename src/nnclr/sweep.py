@@ -69,9 +69,13 @@ def read_spec(path: Path) -> Spec:
         InputError: if it cannot be read, or something is missing or unknown in it.
     """
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path} is no readable sweep: {error}") from error
+        values = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a sweep: {(error.strerror or 'unknown reason').lower()}") from error
+    except ValueError as error:  # no text, or no TOML
+        place = re.search(r"\(at (.+)\)$", str(error))
+        where = f" ({place[1]})" if place else ""
+        raise InputError(f"{path} is no TOML file{where}; docs/sweep.md shows what a sweep looks like") from error
     unknown = sorted(values.keys() - _KEYS)
     if unknown:
         raise InputError(f"{path}: '{unknown[0]}' is unknown; there are {', '.join(sorted(_KEYS))}")

@@ -2,16 +2,18 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nnclr import checkpoint, run_folder, tracking
+from nnclr import checkpoint, distributed, run_folder, tracking
 from nnclr.checkpoint import TrainState
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
 from nnclr.data.augment import View, policy
@@ -21,12 +23,13 @@ from nnclr.data.source import open_source, test_split
 from nnclr.device import choose_device, choose_precision
 from nnclr.errors import InputError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
-from nnclr.health import finite_grad_norm
+from nnclr.health import StepCheck
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
+from nnclr.models.recompute import in_parts
 from nnclr.objectives import OBJECTIVES, Objective, find_objective
-from nnclr.optim import create_optimizer, learning_rate
+from nnclr.optim import create_optimizer, guarded_step, learning_rate
 from nnclr.recorder import Recorder
 from nnclr.run_folder import Run
 
@@ -102,24 +105,28 @@ def train(
     module: nn.Module | None = None,
     quiet: bool = False,
 ) -> Run:
-    """The loop. One step: batch, features, objective, backward, optimiser, update of the support set."""
+    """The loop, on every rank. One step: batch, features, objective, backward, optimiser, update of the support set."""
     config = resolve(config, source)
-    run = Path(config.out)
-    check_existing(run, config)
-    device, plan = torch.device(config.device), make_plan(config, len(source))
-    total = round((config.epochs + config.extend_epochs) * plan.steps_per_epoch)
-    state = build(config, device, module, source.labels)
-    backbone, objective, optimizer, average = state.backbone, state.objective, state.optimizer, state.average
-    base_momentum = objective.momentum
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loader = create_loader(source, plan, device, config.num_workers or 0)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    run_folder.create(run)
-    with checkpoint.lock(run), StopRequest() as stop:
+    with distributed.process_group(config.device), ExitStack() as stack:
+        check_ranks(config, source)
+        run, device, plan = Path(config.out), torch.device(config.device), make_plan(config, len(source))
+        distributed.from_main(lambda: check_existing(run, config, source))
+        total = round((config.epochs + config.extend_epochs) * plan.steps_per_epoch)
+        state = build(config, device, module, source.labels)
+        objective, optimizer, average = state.objective, state.optimizer, state.average
+        backbone = distributed.replicate(in_parts(state.backbone, config.grad_cache))
+        averaged = None if average is None else in_parts(average, config.grad_cache)
+        contrast = distributed.replicate(objective)
+        base_momentum = objective.momentum
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        loader = create_loader(source, plan, device, config.num_workers or 0)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        distributed.from_main(lambda: claim(run, stack))
         restored = restore(run, state, source)
         if state.step < total:  # a finished run keeps the record of where it was trained
-            run_folder.write_record(run, to_toml(config), config.device, source)
+            distributed.from_main(lambda: run_folder.write_record(run, to_toml(config), config.device, source))
         recorder = create_recorder(run, config, source, test, state, loader, plan, total, quiet)
+        check, stop = StepCheck(run, device), stack.enter_context(StopRequest())
         try:
             recorder.start(restored)
             for batch in loader.batches(state.step, total):
@@ -135,28 +142,35 @@ def train(
                 with autocast:
                     views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
                     features = [backbone(view) for view in views]
-                    targets = None if average is None else averaged_features(average, views)
-                    out = objective(features, targets, batch.ids)  # reads the support set
+                    targets = None if averaged is None else averaged_features(averaged, views)
+                    out = contrast(features, targets, batch.ids)  # reads the support set
                 optimizer.zero_grad()
-                out.loss.backward()
-                grad_norm = finite_grad_norm(out, parameters, batch, run)
+                out.loss.backward()  # the gradient is the mean over ranks
+                grad_norm, finite = check.post(batch, out, parameters, stop.asked is not None)
+                asked = check.read()
                 if config.clip_grad_norm is not None:
                     torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, grad_norm)
-                optimizer.step()
+                guarded_step(optimizer, finite)
                 if average is not None and base_momentum is not None:
                     objective.momentum = momentum_at(
                         state.step, base=base_momentum, to_one=objective.momentum_to_one, total_steps=total
                     )
-                    update_average(average, backbone, objective.momentum)
+                    update_average(average, state.backbone, objective.momentum)
                 objective.update(out)  # writes the support set
                 state.step += 1
 
+                asked |= plan.ranks == 1 and stop.asked is not None  # nobody has to agree
+                if asked or recorder.is_due():
+                    asked |= check.read(settle=True)  # nothing of a step that was not finite is written
                 recorder.after_step(batch, out, rate, grad_norm)
-                if stop.asked:
-                    recorder.save()
-                    raise Stopped(
-                        f"stopped by {stop.asked} at step {state.step} of {total}; the checkpoint is complete, "
-                        "run the same command again to go on"
+                if asked:
+                    recorder.stop()
+                    signal = stop.asked or "a signal to another process"
+                    raise distributed.told(
+                        Stopped(
+                            f"stopped by {signal} at step {state.step} of {total}; the checkpoint is complete, run the "
+                            "same command again to go on"
+                        )
                     )
             recorder.finish()
         except OSError as error:  # images that cannot be read never come here
@@ -180,8 +194,6 @@ def resolve(config: Config, source: Source) -> Config:
             f"batch_size={config.batch_size} is larger than the data: {source.name} holds {len(source)} "
             f"images; use a smaller --batch-size"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("this version trains in one process; start it without torchrun")
     tracking.require(config.log_to)
     kind = find_objective(config.objective)
     parameters = inspect.signature(kind).parameters
@@ -205,11 +217,12 @@ def resolve(config: Config, source: Source) -> Config:
     )
 
 
-def check_existing(run: Path, config: Config) -> None:
+def check_existing(run: Path, config: Config, source: Source) -> None:
     """Compare with the run that is already in the folder.
 
     Raises:
-        InputError: if that run has another config, or the folder holds something else.
+        InputError: if that run has another config, or other images where a default depends on their number, or the
+            folder holds something else.
     """
     if not run.exists():
         return
@@ -221,11 +234,31 @@ def check_existing(run: Path, config: Config) -> None:
         return
     differing = differences(from_toml((run / "config.toml").read_bytes(), str(run / "config.toml")), config)
     if differing:
+        trained_on = _recorded_data(run)
+        if trained_on.get("fingerprint") not in (None, source.fingerprint):
+            raise other_images(run, trained_on.get("images"), trained_on.get("name"), source)
         longer = "; --extend-epochs lengthens a run" if any(text.startswith("epochs:") for text in differing) else ""
         raise InputError(
             f"{run} holds a run with another config ({'; '.join(differing)}): use the same values to resume it, "
             f"or another --out{longer}"
         )
+
+
+def _recorded_data(run: Path) -> dict[str, Any]:
+    """What environment.json says of the images; empty where it is missing or damaged."""
+    try:
+        data = json.loads((run / "environment.json").read_bytes())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        data = {}
+    return data if isinstance(data, dict) else {}
+
+
+def other_images(run: Path, images: Any, data: Any, source: Source) -> InputError:
+    """What to raise where a run was started with other images than those of the source."""
+    return InputError(
+        f"{run} was trained on {images} images of {data}; {source.name} now holds {len(source)} images with other "
+        "names, sizes or labels: put the data back, or choose another --out"
+    )
 
 
 def make_views(config: Config) -> tuple[View, ...]:
@@ -246,8 +279,27 @@ def make_views(config: Config) -> tuple[View, ...]:
 
 
 def make_plan(config: Config, images: int) -> Plan:
-    """Order and augmentation of the whole run."""
-    return Plan(images, config.batch_size, make_views(config), config.seed)
+    """Order and augmentation of the whole run, and this rank's share of it."""
+    return Plan(
+        images, config.batch_size, make_views(config), config.seed, distributed.rank(), distributed.world_size()
+    )
+
+
+def check_ranks(config: Config, source: Source) -> None:
+    """Whether all ranks were started alike and can share a batch.
+
+    Raises:
+        InputError: on all ranks, if not.
+    """
+    alike = dataclasses.replace(config, num_workers=0)  # which depends on the machine
+    distributed.agree({"configuration": to_toml(alike), "set of images": source.fingerprint})
+    ranks = distributed.world_size()
+    if config.batch_size % ranks:
+        raise distributed.told(
+            InputError(
+                f"batch_size={config.batch_size} cannot be divided among {ranks} processes; use a multiple of {ranks}"
+            )
+        )
 
 
 def build(
@@ -272,7 +324,8 @@ def build(
     except ValueError as error:
         raise InputError(str(error)) from error
     backbone = backbone.to(device).to(memory_format=torch.channels_last).train()
-    objective = objective.to(device).train()
+    objective = distributed.shared_batch_norm(objective.to(device).train())
+    backbone = distributed.shared_batch_norm(backbone)
     average = None if objective.momentum is None else average_of(backbone)
     optimizer = create_optimizer(
         config.optimizer, (backbone, objective), weight_decay=config.weight_decay, momentum=config.momentum
@@ -280,30 +333,48 @@ def build(
     return TrainState(backbone, objective, optimizer, average)
 
 
+def claim(run: Path, stack: ExitStack) -> None:
+    """Make the run folder this job's own until the stack is left.
+
+    Raises:
+        InputError: if it cannot be made.
+        FolderInUseError: if another job trains in it.
+    """
+    run_folder.create(run)
+    stack.enter_context(checkpoint.lock(run))
+
+
 def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
-    """Load the newest good checkpoint into the state; None for a fresh run, else what was skipped.
+    """Give every rank the newest good checkpoint, which rank 0 reads; None for a fresh run, else what was skipped.
 
     Raises:
         InputError: if the images are not those that the run was started with.
         NoCheckpointError: if no checkpoint can be used.
         StorageError: if there is no room for checkpoints.
     """
-    folder = run / "checkpoints"
-    checkpoint.clean(folder)
-    found, skipped = checkpoint.load_latest(folder)
+    tensors: dict[str, Tensor] = {}
+
+    def load() -> dict[str, Any] | None:
+        folder = run / "checkpoints"
+        checkpoint.clean(folder)
+        found, skipped = checkpoint.load_latest(folder)
+        if found is None:
+            needed = 2 * sum(tensor.nbytes for tensor in state.tensors().values())
+            free = shutil.disk_usage(run).free
+            if free < needed:
+                raise StorageError(f"{run} has {free >> 20} MiB free, two checkpoints need {needed >> 20} MiB")
+            return None
+        if found.state["data_fingerprint"] != source.fingerprint:
+            raise other_images(run, found.state["images"], found.state["data"], source)
+        tensors.update(found.tensors)
+        return {"step": found.step, "notes": found.state["notes"], "skipped": skipped}
+
+    found = distributed.from_main(load)
     if found is None:
-        needed = 2 * sum(tensor.nbytes for tensor in state.tensors().values())
-        free = shutil.disk_usage(run).free
-        if free < needed:
-            raise StorageError(f"{run} has {free >> 20} MiB free, two checkpoints need {needed >> 20} MiB")
         return None
-    if found.state["data_fingerprint"] != source.fingerprint:
-        raise InputError(
-            f"{run} was trained on {found.state['images']} images of {found.state['data']}; {source.name} now "
-            f"holds {len(source)} images with other names, sizes or labels: put the data back, or choose another --out"
-        )
-    state.restore(found.tensors)
-    state.step, state.notes = found.step, found.state["notes"]
+    state.restore(distributed.broadcast_tensors(tensors))
+    state.step, state.notes = found["step"], found["notes"]
+    skipped: list[str] = found["skipped"]
     return skipped
 
 

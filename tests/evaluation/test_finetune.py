@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import urllib.error
 
 import numpy as np
 import pytest
@@ -141,15 +142,18 @@ def test_lists_of_names(tmp_path, pictures, encoder):
 
 def test_a_list_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     def refuse(address, timeout):
-        raise OSError("no network")
+        raise urllib.error.URLError(OSError(-2, "no network"))
 
     monkeypatch.setattr(module.urllib.request, "urlopen", refuse)
     with pytest.raises(
         InputError, match=r"simclr-1percent cannot be read: no network; save it from https://\S+1percent"
     ):
         read_list("simclr-1percent")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"nothing.txt cannot be read: No such file or directory$"):
         read_list(str(tmp_path / "nothing.txt"))
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(InputError, match=r"picture.txt cannot be read: it is no text$"):
+        read_list(str(tmp_path / "picture.txt"))
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(InputError, match="names no image"):
         read_list(str(tmp_path / "empty.txt"))

@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nnclr import cli, explorer
 from nnclr.data.source import open_source
 from nnclr.embed import embed_to_file
 from nnclr.embeddings import open_embeddings, write_embeddings
 from nnclr.errors import InputError
-from nnclr.explorer import explore
+from nnclr.explorer import explore, projection
 from nnclr.explorer.atlas import write_atlas
 from nnclr.explorer.collection import open_collection
 from nnclr.explorer.server import address_of, listen, thumbnail
@@ -149,6 +151,64 @@ def test_search_needs_the_encoder_itself(embedded, tmp_path):
         assert shown.sides[0].encoder is None
         assert message in shown.notices[0]
         assert shown.search(shown.picture(0), 3) == [None]
+
+
+def test_an_encoder_that_is_not_used_is_told_of(embedded):
+    """On the terminal and on the page; not where it made one of two files."""
+    both = [embedded / "8.parquet", embedded / "4.parquet"]
+    for paths, asked, wrong in (
+        (both[:1], "pixels?size=8", None),
+        (both[:1], "pixels?size=4", "8.parquet: its preprocessing differ"),
+        (both[:1], "random:small-convnet?size=8", "8.parquet: its weights differ"),
+        (both, "pixels?size=4", None),
+        (both, "pixels?size=8", None),
+        (both, "random:small-convnet?size=8", "8.parquet: its weights differ"),
+        (both[:1], "/no/such/run", "no encoder is called '/no/such/run'"),
+    ):
+        said = []
+        shown = opened(*paths, encoder=asked, say=said.append)
+        assert said == list(shown.notices)
+        assert None not in [side.encoder for side in shown.sides]  # those that the files name
+        if wrong is None:
+            assert said == []
+        else:
+            assert len(said) == 1
+            assert said[0].startswith("--encoder is not used: ")
+            assert wrong in said[0]
+
+
+def test_what_takes_long_is_said_before_it_begins(embedded, tmp_path, monkeypatch):
+    pytest.importorskip("umap")
+    said, before = [], []
+
+    def stand_in(vectors):
+        before.extend(said)
+        return vectors[:, :2]
+
+    monkeypatch.setattr(projection, "_umap", stand_in)
+    path = shutil.copy(embedded / "8.parquet", tmp_path)
+    open_collection([path], encoder="pixels?size=4", say=said.append)
+    assert before[0].startswith("--encoder is not used")
+    assert before[1:] == [
+        "computing the map of 43 pictures by UMAP; it is done once, and takes about half a minute more while UMAP is "
+        "compiled"
+    ]
+    said.clear()
+    before.clear()
+    open_collection([path], say=said.append)  # the map is there
+    assert (said, before) == ([], [])
+
+
+def test_atlas_refuses_flags_of_the_page(embedded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(explorer, "write_atlas", lambda *_, **__: (tmp_path / "written").touch())
+    command = ["explore", str(embedded / "8.parquet"), "--atlas", str(tmp_path / "a.parquet")]
+    for flags in ("--encoder x", "--host ::1", "--port 9999", f"--token {'t' * 20}", "--no-browser"):
+        assert cli.main([*command, *flags.split()]) == 2
+        said = f"--atlas writes a file and serves no page, on which {flags.split()[0]} has an effect; leave it out"
+        assert capsys.readouterr().err == f"nnclr: {said}\n"
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*command, "--data", "x", "--projection", "pca"]) == 0  # the control
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
 
 def test_other_weights_are_another_encoder(pictures_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Augmentation as batched tensor operations, the same on every device.
+"""Augmentation as batched tensor operations, the same on every device; NVIDIA's have kernels of the same results.
 
 Parameters are drawn on the CPU from (seed, epoch, image id, view), and so do not depend on the batch an image
 is in; pixels are worked on where the images are. Operations follow torchvision's float semantics.
@@ -7,6 +7,8 @@ is in; pixels are worked on where the images are. Operations follow torchvision'
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from importlib.util import find_spec
 from itertools import permutations
 from typing import Any, Self
 
@@ -17,14 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from nnclr import counter
+from nnclr.data.one_image import LUMA, OPERATIONS, blur_image, color_image
 from nnclr.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SCALE = tuple(1 / std for std in IMAGENET_STD)
 SMALL_IMAGE = 64  # pixels; up to this size policies take their small-image form
 _ORDERS = np.array(list(permutations(range(4))))  # the 24 orders of brightness, contrast, saturation, hue
 _TRIES = 10  # of a crop box, as torchvision's RandomResizedCrop
-_GRAY = (0.2989, 0.587, 0.114)
-_TINY = 1e-12  # instead of no chroma at all, to divide by
+_GRAY = LUMA
+_IN_CACHE = 1 << 17  # numbers that are worked on at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,14 @@ class Parameters:
         """The parameters of several batches as one."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    def __getitem__(self, rows: slice) -> Self:
+        """The parameters of some of the images."""
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def __setitem__(self, rows: slice, other: Self) -> None:
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(other, field.name)
+
 
 def draw_parameters(
     view: View,
@@ -130,14 +142,26 @@ def draw_parameters(
     widths: np.ndarray | int,
 ) -> Parameters:
     """Draw one view's parameters for images of the given ids and sizes, on the CPU."""
+    parameters, numbers = draw_operations(view, seed, epoch, ids, view_index)
+    parameters.boxes = draw_boxes(view, numbers, heights, widths)
+    return parameters
+
+
+def draw_operations(
+    view: View, seed: int, epoch: int, ids: np.ndarray, view_index: int
+) -> tuple[Parameters, np.ndarray]:
+    """What `draw_parameters` draws, but for the boxes, and the numbers (n, ...) for `draw_boxes`.
+
+    Drawing for a batch takes hardly longer than for one image, and the sizes of images may not be known yet.
+    """
     u = counter.uniform(seed, epoch, ids, view_index, 12 + 2 * _TRIES + 2)
     amounts = np.array([view.brightness, view.contrast, view.saturation, view.hue], np.float32)
     centres = np.array([1, 1, 1, 0], np.float32)
     low = np.maximum(centres - amounts, [0, 0, 0, -0.5]).astype(np.float32)
     factors = low + u[:, 2:6] * (centres + amounts - low)
     sigma_low, sigma_high = view.blur_sigma
-    return Parameters(
-        boxes=_boxes(view, u[:, 12:], np.broadcast_to(heights, ids.shape), np.broadcast_to(widths, ids.shape)),
+    parameters = Parameters(
+        boxes=np.zeros((len(ids), 4), np.int64),
         flips=u[:, 0] < view.flip,
         jitter=u[:, 1] < view.jitter,
         factors=factors.astype(np.float32),
@@ -146,11 +170,13 @@ def draw_parameters(
         sigmas=np.where(u[:, 8] < view.blur, sigma_low + u[:, 9] * (sigma_high - sigma_low), 0).astype(np.float32),
         solarize=u[:, 10] < view.solarize,
     )
+    return parameters, u[:, 12:]
 
 
-def _boxes(view: View, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+def draw_boxes(view: View, numbers: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int) -> np.ndarray:
     """Crop boxes (n, 4) as torchvision's RandomResizedCrop draws them: the first of ten tries that fits."""
-    u = u.astype(np.float64)
+    u = numbers.astype(np.float64)
+    heights, widths = np.broadcast_to(heights, len(u)), np.broadcast_to(widths, len(u))
     tries = u[:, : 2 * _TRIES].reshape(-1, _TRIES, 2)
     area = (heights * widths)[:, None] * (
         view.crop_scale[0] + tries[..., 0] * (view.crop_scale[1] - view.crop_scale[0])
@@ -204,12 +230,12 @@ def _resize_weights(
     """
     # Only the taps an output pixel can have are computed: 4 when enlarging, not all the pixels of the image.
     count = min(pixels, int(np.ceil(4 * max(1.0, spans[:, 1].max(initial=1) / size))))
-    first, extent = _upload(spans.astype(np.float32), device)[:, :, None, None].unbind(1)
+    first, extent = upload(spans.astype(np.float32), device)[:, :, None, None].unbind(1)
     scale = extent / size
     widen = scale.clamp(min=1)
     out = torch.arange(size, device=device, dtype=torch.float32)[None, :, None]
     if flips is not None:
-        flipped = _upload(flips.astype(np.float32), device)[:, None, None]
+        flipped = upload(flips.astype(np.float32), device)[:, None, None]
         out = out + flipped * (size - 1 - 2 * out)
     centre = first + (out + 0.5) * scale
     tap = (centre - 2 * widen + 0.5).floor_().clamp_(0, pixels - count) + torch.arange(count, device=device)
@@ -222,12 +248,18 @@ def _resize_weights(
     return torch.zeros(len(spans), size, pixels, device=device).scatter_(2, tap.long(), weights)
 
 
-def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
     """A copy of host values on the device, without waiting for the work that is queued there."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cuda":  # from pageable memory the copy would wait
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, ...]:
+    """The mean and inverse deviation of ImageNet, (3, 1, 1) each."""
+    return tuple(upload(np.array(v, np.float32)[:, None, None], device) for v in (IMAGENET_MEAN, _SCALE))
 
 
 def color(images: Tensor, parameters: Parameters, view: View) -> Tensor:
@@ -238,6 +270,30 @@ def color(images: Tensor, parameters: Parameters, view: View) -> Tensor:
         parameters: of the same n images.
         view: for the size of the blur and the threshold of solarise.
     """
+    at_once = max(1, _IN_CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), at_once):
+        rows = slice(start, start + at_once)
+        if at_once == 1:
+            _color_one(images[start], parameters[rows], view)
+        else:
+            _color_batch(images[rows], parameters[rows], view)
+    return images
+
+
+def _color_one(image: Tensor, parameters: Parameters, view: View) -> None:
+    amounts = (view.brightness, view.contrast, view.saturation, view.hue)
+    order = parameters.orders[0].tolist() if parameters.jitter[0] else []
+    color_image(
+        image,
+        [(OPERATIONS[i], float(parameters.factors[0, i])) for i in order if amounts[i] > 0],
+        bool(parameters.grayscale[0]),
+        float(parameters.sigmas[0]),
+        _widest(view.size),
+        view.solarize_threshold if parameters.solarize[0] else None,
+    )
+
+
+def _color_batch(images: Tensor, parameters: Parameters, view: View) -> None:
     amounts = (view.brightness, view.contrast, view.saturation, view.hue)
     for position in range(4):
         for operation, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
@@ -247,7 +303,6 @@ def color(images: Tensor, parameters: Parameters, view: View) -> Tensor:
     _where(images, parameters.grayscale, lambda x, _: gray(x).expand_as(x))
     _where(images, parameters.sigmas > 0, lambda x, sigma: blur(x, sigma.flatten(), view.size), parameters.sigmas)
     _where(images, parameters.solarize, lambda x, _: solarize(x, view.solarize_threshold))
-    return images
 
 
 def _where(
@@ -256,8 +311,8 @@ def _where(
     """Replace the chosen images by apply(images, values (n, 1, 1, 1)); the choice is known on the host."""
     if chosen.any():
         rows = np.flatnonzero(chosen)
-        index = _upload(rows, images.device)
-        value = index if values is None else _upload(values[rows], images.device)
+        index = upload(rows, images.device)
+        value = index if values is None else upload(values[rows], images.device)
         images.index_copy_(0, index, apply(images.index_select(0, index), value[:, None, None, None]))
 
 
@@ -272,44 +327,57 @@ def _brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = gray(images).mean(dim=(2, 3), keepdim=True)
+    mean = gray(images.mean(dim=(2, 3), keepdim=True))
     return images.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 
 def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    base = gray(images).mul_(1 - factor)
-    return images.mul_(factor).add_(base).clamp_(0, 1)
+    return images.lerp_(gray(images), 1 - factor).clamp_(0, 1)
 
 
 def _hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of HSV; value and saturation stay."""
-    red, green, blue = images.unbind(1)
+    """Turn the hue of HSV; value and saturation stay.
+
+    Hues are in sixths of a turn from red, and times the chroma, so that nothing is divided: a channel is
+    low + clamp(2 chroma - distance, 0, chroma), distance being how far around the circle the hue is from the channel's
+    own. No pixel is told apart from others by a comparison: on a CPU, that takes ten times as long as arithmetic.
+    """
+    red, green, blue = images.split(1, 1)
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
-    # Selecting by arithmetic: on a CPU torch.where takes ten times as long on pixels.
-    red_is_high, green_is_high = (high == red).to(low.dtype), (high == green).to(low.dtype)
-    difference = torch.lerp(torch.lerp(red - green, blue - red, green_is_high), green - blue, red_is_high)
-    sector = difference.div_(chroma.clamp(min=_TINY))  # in sixths of a turn from red
-    sector += (4 - 2 * green_is_high).mul_(1 - red_is_high)
-    sector += 6 * turns[:, 0]
-    sector -= (sector / 6).floor_().mul_(6)
-    for channel, share in enumerate(
-        ((sector - 3).abs_().sub_(1), (sector - 2).abs_().neg_().add_(2), (sector - 4).abs_().neg_().add_(2))
-    ):
-        images[:, channel] = share.clamp_(0, 1).mul_(chroma).add_(low)
+    hue = torch.copysign((green + blue).sub_(red).add_(chroma).sub_(low), green - blue)  # -3 chroma to 3 chroma
+    # Of the two places on the line that are the same hue, green and blue take the one that is at most 7 from the
+    # turned hue: then the distance is 3 - ||difference| - 3| wherever that matters.
+    to_red = 6 * turns
+    to_green = to_red + 4 - 6 * (turns >= 0)
+    thrice, below = 3 * chroma, low - chroma
+    for channel, turned in zip((red, green, blue), (to_red, to_green, to_green - 2), strict=True):
+        difference = (chroma * turned).add_(hue).abs_().sub_(thrice).abs_().add_(below)
+        torch.clamp(difference, low, high, out=channel)
     return images
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
     """Invert the values from the threshold on."""
-    inverted: Tensor = torch.lerp(images, 1 - images, (images >= threshold).to(images.dtype))
+    # Comparing in place gives zeros and ones at once; on a CPU a mask of bools takes ten times as long.
+    inverted: Tensor = torch.lerp(images, 1 - images, images.clone().ge_(threshold))
     return inverted
+
+
+def _widest(size: int) -> int:
+    """Taps of the blur on either side: the kernel spans a tenth of the view (23 at 224)."""
+    return max(1, round(size * 11 / 224))
 
 
 def blur(images: Tensor, sigmas: Tensor, size: int) -> Tensor:
     """Separable Gaussian blur, reflected at the border; the kernel spans a tenth of the view (23 at 224)."""
-    half = max(1, round(size * 11 / 224))
+    half = _widest(size)
+    if images.device.type == "cpu":
+        blurred = images.clone()
+        for image, sigma in zip(blurred, sigmas.tolist(), strict=True):
+            blur_image(image, sigma, half)
+        return blurred
     taps = torch.arange(-half, half + 1, device=images.device).float()
     kernels = torch.exp(-0.5 * (taps / sigmas[:, None]) ** 2)
     kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)
@@ -320,11 +388,21 @@ def blur(images: Tensor, sigmas: Tensor, size: int) -> Tensor:
 
 def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """Subtract the mean and divide by the standard deviation of each channel."""
-    constants = _upload(np.array([mean, std], np.float32), images.device)[:, None, :, None, None]
+    constants = upload(np.array([mean, std], np.float32), images.device)[:, None, :, None, None]
     return (images - constants[0]).div_(constants[1])
 
 
-def augment(images: Tensor, ids: np.ndarray, views: Sequence[View], seed: int, epoch: int) -> list[Tensor]:
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels make the views: on NVIDIA devices from Ampere on, if Triton is installed."""
+    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def augment(
+    images: Tensor, ids: np.ndarray, views: Sequence[View], seed: int, epoch: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """All views of images that are on the device.
 
     Args:
@@ -333,31 +411,51 @@ def augment(images: Tensor, ids: np.ndarray, views: Sequence[View], seed: int, e
         views: how each view is made.
         seed: of the run.
         epoch: from 0.
+        dtype: of the views, float32 or bfloat16.
 
     Returns:
-        A (n, 3, s, s) float32 tensor a view, normalised.
+        A (n, 3, s, s) tensor a view, normalised; where kernels make it, in channels-last memory.
     """
     height, width = images.shape[2:]
-    made = []
-    for index, view in enumerate(views):
-        parameters = draw_parameters(view, seed, epoch, ids, index, height, width)
-        cut = crop(images, parameters.boxes, parameters.flips, view.size)
-        made.append(normalize(color(cut, parameters, view)))
-    return made
+    drawn = [draw_parameters(view, seed, epoch, ids, index, height, width) for index, view in enumerate(views)]
+    if _has_kernels(images.device):
+        from nnclr.kernels.augment_triton import augment_triton
+
+        return augment_triton(images, drawn, views, IMAGENET_MEAN, IMAGENET_STD, dtype)
+    return [
+        normalize(color(crop(images, p.boxes, p.flips, view.size), p, view)).to(dtype)
+        for p, view in zip(drawn, views, strict=True)
+    ]
 
 
 def crop_image(image: np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
-    """`crop` for one large image, by Pillow: (h, w, 3) uint8 to (3, size, size) uint8."""
-    top, left, height, width = (int(value) for value in box)
+    """`crop` for one large image: (h, w, 3) uint8 to (3, size, size) uint8, rounded also between its two passes."""
+    top, left, height, width = box.tolist()
     # Cropping first keeps the taps inside the box, as `crop` does.
-    part = Image.fromarray(image[top : top + height, left : left + width])
-    cut = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
-    return np.ascontiguousarray((cut[:, ::-1] if flip else cut).transpose(2, 0, 1))
+    part = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+    cut = F.interpolate(part, (size, size), mode="bicubic", antialias=True)
+    return (cut.flip(3) if flip else cut)[0].contiguous().numpy()
 
 
-def finish(crops: Tensor, parameters: Parameters, view: View) -> Tensor:
-    """Colour and normalise crops (n, 3, s, s) uint8 that were cut with the same parameters."""
-    return normalize(color(crops.float() / 255, parameters, view))
+def finish(
+    crops: Tensor,
+    parameters: Parameters,
+    view: View,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Colour and normalise crops (n, 3, s, s) uint8 that were cut with the same parameters; as `augment` otherwise.
+
+    On a CPU the views can be made in place: out is (n, 3, s, s) float32.
+    """
+    if _has_kernels(crops.device):
+        from nnclr.kernels.augment_triton import augment_triton
+
+        return augment_triton(crops, [parameters], [view], IMAGENET_MEAN, IMAGENET_STD, dtype, whole=True)[0]
+    images = crops.float() if out is None else out.copy_(crops)
+    color(images.mul_(1 / 255), parameters, view)
+    mean, scale = _constants(images.device)
+    return images.sub_(mean).mul_(scale).to(dtype)
 
 
 def eval_image(image: np.ndarray, size: int, crop_pct: float | None = None) -> np.ndarray:

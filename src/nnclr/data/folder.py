@@ -58,13 +58,13 @@ def folder_source(roots: Sequence[Path]) -> Source:
 
     real_roots = {root: os.path.realpath(os.fsencode(root)) for root in roots}
 
-    def fetch(i: int) -> np.ndarray:
+    def content(i: int) -> bytes:
         root, path, _ = files[i]
         # A link that was put there since may lead out of the folder.
         target = os.path.realpath(os.path.join(os.fsencode(root), path))
         if os.path.commonpath([real_roots[root], target]) != real_roots[root]:
             raise BadImage("unreadable", "a link out of the folder")
-        return decode(read_file(target))
+        return read_file(target)
 
     def title(i: int) -> str:
         return printable(paths[i])
@@ -72,13 +72,14 @@ def folder_source(roots: Sequence[Path]) -> Source:
     return Source(
         name,
         len(files),
-        fetch,
+        lambda i: decode(content(i)),
         title,
         digest.hexdigest(),
         labels,
         class_names,
         dict(skipped),
         revision=hashlib.sha256(written.encode()).hexdigest(),
+        content=content,
     )
 
 

@@ -32,6 +32,9 @@ class Source:
         multilabels: (n, classes) int8 where an image may show several classes: 1 for each that it shows, 0 for
             each that it does not, -1 for what is not scored; else None.
         revision: changes when a file is written anew, which the fingerprint does not notice where the size stays.
+        content: index -> the file of an image as it is stored; raises `BadImage`; None where images have no files.
+        blocks: images in each part that is best read in one go, as a shard; None where all places are alike.
+        window: blocks whose images are shuffled together.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Source:
     skipped: dict[str, int] = field(default_factory=dict)
     multilabels: np.ndarray | None = None
     revision: str = ""
+    content: Callable[[int], bytes] | None = None
+    blocks: tuple[int, ...] | None = None
+    window: int = 1
 
     def __len__(self) -> int:
         return self.length
@@ -143,6 +149,11 @@ def printable(name: bytes) -> str:
     """A file name as text for people: control characters and bytes that are no UTF-8 appear escaped."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def safe(text: object) -> str:
+    """A text of unknown origin as text for people."""
+    return printable(str(text).encode("utf-8", "backslashreplace"))
 
 
 def shown(path: str | os.PathLike[str]) -> str:

@@ -5,11 +5,13 @@ they are augmented from (seed, epoch, image id, view); so neither the number of 
 can change them.
 """
 
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,7 +19,16 @@ import torch
 from torch import Tensor
 
 from nnclr import counter
-from nnclr.data.augment import Parameters, View, augment, crop_image, draw_parameters, finish
+from nnclr.data.augment import (
+    Parameters,
+    View,
+    augment,
+    crop_image,
+    draw_boxes,
+    draw_operations,
+    finish,
+    upload,
+)
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.errors import DataError
@@ -25,7 +36,9 @@ from nnclr.errors import DataError
 MOST_BAD = 0.001  # share of unreadable images above which a run stops, but never for 10 or fewer
 _RESIDENT_BYTES = {"cpu": 4 << 30, "cuda": 20 << 30}
 _RESIDENT_PIXELS_CPU = 128  # above this side Pillow's resize in threads is faster than a batched product
-_AHEAD = 3  # batches that are decoded before they are asked for
+_PART = 8  # images that a thread takes at a time
+_TOGETHER = 16 << 20  # bytes of decoded images above which a thread cuts them before it decodes more
+_AHEAD = {"cpu": 1, "cuda": 3}  # batches that are made before they are asked for
 
 
 class Batch(NamedTuple):
@@ -50,12 +63,27 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images a step trains on, and how they are augmented."""
+    """Which images a step trains on, and how they are augmented.
+
+    Args:
+        images: in the source.
+        batch_size: of all ranks together.
+        views: how each view is made.
+        seed: of the order.
+        rank: of this process, which takes that share of every batch.
+        ranks: number of processes; it divides the batch size.
+        blocks: images in each shard, where the source has them.
+        window: shards whose images are mixed.
+    """
 
     images: int
     batch_size: int
     views: tuple[View, ...]
     seed: int
+    rank: int = 0
+    ranks: int = 1
+    blocks: tuple[int, ...] | None = None
+    window: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,14 +95,18 @@ class Plan:
         return step // self.steps_per_epoch
 
     def ids(self, step: int, order: np.ndarray) -> np.ndarray:
-        """The (B,) image ids of a step, given its epoch's order."""
-        start = step % self.steps_per_epoch * self.batch_size
-        return order[start : start + self.batch_size]
+        """This rank's image ids of a step, (B / ranks,), given its epoch's order."""
+        start = self._position(step)
+        return order[start : start + self.batch_size // self.ranks]
 
     def replacement(self, step: int, row: int, attempt: int) -> int:
         """Another image for a row whose image cannot be read; the same one in every repetition."""
-        position = step % self.steps_per_epoch * self.batch_size + row
-        return counter.draw(self.seed, self.epoch(step), position, attempt, self.images)
+        return counter.draw(self.seed, self.epoch(step), self._position(step) + row, attempt, self.images)
+
+    def _position(self, step: int) -> int:
+        """Where this rank's rows of a step begin in the order of its epoch."""
+        share = self.batch_size // self.ranks
+        return step % self.steps_per_epoch * self.batch_size + self.rank * share
 
     def orders(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """(step, ids) for each step; an epoch's order is computed once."""
@@ -82,7 +114,8 @@ class Plan:
         for step in range(start, stop):
             if self.epoch(step) != epoch:
                 epoch = self.epoch(step)
-                order = counter.permutation(self.seed, epoch, self.images)
+                blocks = (self.images,) if self.blocks is None else self.blocks
+                order = counter.block_permutation(self.seed, epoch, blocks, self.window)
             yield step, self.ids(step, order)
 
 
@@ -92,6 +125,7 @@ def create_loader(source: Source, plan: Plan, device: torch.device, num_workers:
     Raises:
         DataError: if too many images cannot be read.
     """
+    plan = replace(plan, blocks=source.blocks, window=source.window)
     images, bad = load_resident(source, device, num_workers)
     if images is not None:
         return ResidentLoader(images, bad, plan, device)
@@ -164,7 +198,7 @@ class ResidentLoader:
         for step, ids in self.plan.orders(start, stop):
             began = time.perf_counter()
             ids = self._replace_bad(step, ids)
-            on_device = torch.from_numpy(ids).to(self.device)
+            on_device = upload(ids, self.device)
             plan = self.plan
             views = augment(self.images[on_device], ids, plan.views, plan.seed, plan.epoch(step))
             yield Batch(step, on_device, views, time.perf_counter() - began)
@@ -181,78 +215,153 @@ class ResidentLoader:
         return ids
 
 
-class _Crops(NamedTuple):
-    """One image, cut for every view, and the parameters of what remains to be done to each."""
+@dataclass
+class _Work:
+    """A batch in the making, whose rows are filled by several threads in any order."""
 
-    id: int
-    images: list[np.ndarray]  # a view: (3, s, s) uint8
-    parameters: list[Parameters]
+    step: int
+    ids: np.ndarray  # (B,) int64
+    drawn: list[tuple[Parameters, np.ndarray]]  # a view: what is done to its images, and the numbers for the boxes
+    buffers: list[Tensor]  # a view: (B, 3, s, s)
 
 
 class StreamLoader:
-    """Images of any size, decoded once and cut for both views by threads; the device does the rest.
+    """Images of any size, decoded once and cut for all views by threads.
+
+    On a CPU the threads also finish the views, each image while it is in their cache; another device finishes whole
+    batches.
 
     Args:
         source: where the images come from.
         plan: order and augmentation.
-        device: where the views are finished.
-        num_workers: decoding threads (Pillow works outside the interpreter lock); 0 decodes in the caller.
+        device: where the views are wanted.
+        num_workers: threads (what takes time runs outside the interpreter lock); 0 does all in the caller.
     """
 
     def __init__(self, source: Source, plan: Plan, device: torch.device, num_workers: int) -> None:
         self.source, self.plan, self.device, self.num_workers = source, plan, device, num_workers
         self.bad: dict[int, str] = {}
+        self._memory = [_Memory(plan.batch_size // plan.ranks, view.size, device) for view in plan.views]
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """See `Loader.batches`."""
         if self.num_workers == 0:
             for step, ids in self.plan.orders(start, stop):
                 began = time.perf_counter()
-                yield self._finish(step, [self._cut(step, row, int(i)) for row, i in enumerate(ids)], began)
+                work = self._begin(step, ids)
+                self._fill(work, range(len(ids)))
+                yield self._finish(work, began)
             return
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="decode")
+        pool = _one_thread_each(self.num_workers)
         try:
-            waiting: deque[tuple[int, list[Future[_Crops]]]] = deque()
-            orders = self.plan.orders(start, stop)
-            for step, ids in orders:
-                waiting.append((step, [pool.submit(self._cut, step, r, int(i)) for r, i in enumerate(ids)]))
-                if len(waiting) > _AHEAD:
+            waiting: deque[tuple[_Work, list[Future[None]]]] = deque()
+            for step, ids in self.plan.orders(start, stop):
+                work = self._begin(step, ids)
+                parts = [range(row, min(row + _PART, len(ids))) for row in range(0, len(ids), _PART)]
+                waiting.append((work, [pool.submit(self._fill, work, part) for part in parts]))
+                if len(waiting) > _AHEAD[self.device.type]:
                     yield self._wait(*waiting.popleft())
             while waiting:
                 yield self._wait(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _wait(self, step: int, crops: list[Future[_Crops]]) -> Batch:
-        began = time.perf_counter()
-        return self._finish(step, [future.result() for future in crops], began)
+    def _begin(self, step: int, ids: np.ndarray) -> _Work:
+        plan = self.plan
+        drawn = [
+            draw_operations(view, plan.seed, plan.epoch(step), ids, index) for index, view in enumerate(plan.views)
+        ]
+        return _Work(step, ids.copy(), drawn, [memory.take() for memory in self._memory])
 
-    def _cut(self, step: int, row: int, i: int) -> _Crops:
-        attempt = 0
-        while True:
-            image = None if i in self.bad else _read(self.source, i, self.bad)
-            if image is not None:
-                break
+    def _fill(self, work: _Work, rows: range) -> None:
+        """Make some rows of every view."""
+        images: dict[int, np.ndarray] = {}
+        for row in rows:
+            work.ids[row], images[row] = self._image(work, row)
+            if row == rows[-1] or sum(image.nbytes for image in images.values()) > _TOGETHER:
+                self._cut(work, images)
+                images = {}
+
+    def _cut(self, work: _Work, images: dict[int, np.ndarray]) -> None:
+        """Make the rows of every view from their images, one kind of work after the other: its code is in the cache."""
+        at = slice(min(images), max(images) + 1)
+        heights, widths = np.array([image.shape[:2] for image in images.values()]).T
+        for view, (parameters, numbers), buffer in zip(self.plan.views, work.drawn, work.buffers, strict=True):
+            parameters.boxes[at] = draw_boxes(view, numbers[at], heights, widths)
+            cut = {
+                row: torch.from_numpy(crop_image(image, parameters.boxes[row], bool(parameters.flips[row]), view.size))
+                for row, image in images.items()
+            }
+            for row, crop in cut.items():
+                one = slice(row, row + 1)
+                if buffer.dtype == torch.uint8:
+                    buffer[row] = crop
+                else:
+                    finish(crop[None], parameters[one], view, out=buffer[one])
+
+    def _image(self, work: _Work, row: int) -> tuple[int, np.ndarray]:
+        """The image of a row, or another one in its place, and its id."""
+        plan, planned, attempt = self.plan, int(work.ids[row]), 0
+        i = planned
+        while i in self.bad or (image := _read(self.source, i, self.bad)) is None:
             check_bad(dict(self.bad), self.source)
-            i = self.plan.replacement(step, row, attempt)
+            i = plan.replacement(work.step, row, attempt)
             attempt += 1
-        ids, epoch = np.array([i]), self.plan.epoch(step)
-        height, width = image.shape[:2]
-        parameters = [
-            draw_parameters(view, self.plan.seed, epoch, ids, index, height, width)
-            for index, view in enumerate(self.plan.views)
-        ]
-        cut = [
-            crop_image(image, p.boxes[0], bool(p.flips[0]), view.size)
-            for view, p in zip(self.plan.views, parameters, strict=True)
-        ]
-        return _Crops(i, cut, parameters)
+        if i != planned:
+            one, ids = slice(row, row + 1), np.array([i])
+            for index, (view, (parameters, numbers)) in enumerate(zip(plan.views, work.drawn, strict=True)):
+                parameters[one], numbers[one] = draw_operations(view, plan.seed, plan.epoch(work.step), ids, index)
+        return i, image
 
-    def _finish(self, step: int, crops: list[_Crops], began: float) -> Batch:
-        views = []
-        for index, view in enumerate(self.plan.views):
-            images = torch.from_numpy(np.stack([crop.images[index] for crop in crops])).to(self.device)
-            parameters = Parameters.concatenate([crop.parameters[index] for crop in crops])
-            views.append(finish(images, parameters, view))
-        ids = torch.tensor([crop.id for crop in crops], device=self.device)
-        return Batch(step, ids, views, time.perf_counter() - began)
+    def _wait(self, work: _Work, parts: list[Future[None]]) -> Batch:
+        began = time.perf_counter()
+        for part in parts:
+            part.result()
+        return self._finish(work, began)
+
+    def _finish(self, work: _Work, began: float) -> Batch:
+        views = work.buffers
+        if self.device.type != "cpu":
+            views = [
+                finish(buffer.to(self.device, non_blocking=True), parameters, view)
+                for buffer, (parameters, _), view in zip(work.buffers, work.drawn, self.plan.views, strict=True)
+            ]
+        return Batch(work.step, upload(work.ids, self.device), views, time.perf_counter() - began)
+
+
+class _Memory:
+    """Memory for the batches of one view, given out again when nobody looks at its last batch any more.
+
+    Fresh memory comes from the system page by page, which takes a third as long as decoding the images.
+    """
+
+    def __init__(self, batch_size: int, size: int, device: torch.device) -> None:
+        self._shape, self._device = (batch_size, 3, size, size), device
+        self._free: deque[np.ndarray] = deque()
+
+    def take(self) -> Tensor:
+        """Views as float32 for a CPU; for another device crops as pinned uint8, copied without waiting."""
+        if self._device.type != "cpu":
+            # PyTorch keeps pinned memory, and gives it out again only when the copies from it have been made.
+            return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True)
+        memory = self._free.popleft() if self._free else np.empty(self._shape, np.float32)
+        lent = memory[:]  # all tensors of this batch hold it, and nothing else does
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent)
+
+
+def _one_thread_each(workers: int) -> ThreadPoolExecutor:
+    """A pool in which PyTorch uses the thread that calls it and no more: there are enough of them."""
+    started = threading.Barrier(workers + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "decode", start)
+    for _ in range(workers):  # a thread starts when there is work and no thread is idle
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(threads)  # of this thread it has not changed, but for threads that are yet to start
+    return pool

@@ -1,89 +1,234 @@
-"""Images in a parquet file, in the form that Hugging Face data sets have."""
+"""Images in parquet files, in the form that Hugging Face data sets have, read a row group at a time."""
 
 import hashlib
-import os
-from pathlib import Path
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from nnclr.data.decode import BadImage, decode
-from nnclr.data.images import Source, printable
-from nnclr.errors import InputError
+from nnclr.data.images import Source, safe
+from nnclr.data.storage import File, files, listed
+from nnclr.errors import InputError, first_line
+
+MOST_BYTES = 2 << 30  # of row groups in memory; those of half of it are shuffled together
+_MOST_CLASS = 1 << 20  # a larger number as a label is a name
 
 
-def parquet_source(path: Path, query: dict[str, str]) -> Source:
-    """Images and labels of a parquet file.
+@dataclass
+class _Pictures:
+    """The column of images, with the row groups that were used last in memory."""
+
+    column: str
+    files: list[File]
+    metadata: list[Any]  # of each file, as pyarrow gives it
+    groups: list[tuple[int, int]] = field(default_factory=list)  # file and row group, in order
+    rows: list[int] = field(default_factory=list)  # of each group
+    nbytes: list[int] = field(default_factory=list)  # of the column in each group, uncompressed
+    kept: OrderedDict[int, Any] = field(default_factory=OrderedDict)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        for number, about in enumerate(self.metadata):
+            for group in range(about.num_row_groups):
+                chunks = [about.row_group(group).column(i) for i in range(about.num_columns)]
+                own = [c for c in chunks if c.path_in_schema.partition(".")[0] == self.column]
+                self.groups.append((number, group))
+                self.rows.append(about.row_group(group).num_rows)
+                self.nbytes.append(sum(chunk.total_uncompressed_size for chunk in own))
+
+    def content(self, group: int, row: int) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            BadImage: if there are none, or the file cannot be read any more.
+        """
+        import pyarrow as pa
+
+        with self.lock:
+            pictures = self.kept.get(group)
+            if pictures is None:
+                try:
+                    pictures = self.kept[group] = self._read(group)
+                except (pa.ArrowException, OSError) as error:
+                    raise BadImage("unreadable", first_line(error)) from error
+            self.kept.move_to_end(group)
+            while len(self.kept) > 1 and sum(self.nbytes[i] for i in self.kept) > MOST_BYTES:
+                self.kept.popitem(last=False)
+        data: bytes | None = pictures[row].as_py()
+        if data is None:
+            raise BadImage("unreadable", "no bytes in this row")
+        return data
+
+    def _read(self, group: int) -> Any:
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        number, inner = self.groups[group]
+        with self.files[number].open() as opened:
+            parquet = pq.ParquetFile(opened, metadata=self.metadata[number], pre_buffer=True)
+            column = parquet.read_row_group(inner, columns=[self.column], use_threads=False)[self.column]
+        return pc.struct_field(column, "bytes") if _is_struct(column.type) else column
+
+
+def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
+    """Images and labels of parquet files, in the order of the files.
+
+    Files that are larger than the memory are no matter: row groups are read as they are needed, and images are
+    shuffled within some of them at a time.
 
     Args:
-        path: the file; a column of image bytes, plain or as struct {bytes, path}.
-        query: `image=COLUMN` (default `image`), `label=COLUMN` (default `label` if there is one), and any
-            other `COLUMN=VALUE`, which keeps the rows with this value.
+        texts: files, or patterns of them; paths or addresses. A column of image bytes, plain or as struct
+            {bytes, path}.
+        query: `image=COLUMN` (default `image`), `label=COLUMN` (default `label` if there is one; empty for none), and
+            any other `COLUMN=VALUE`, which keeps the rows with this value.
 
     Raises:
-        InputError: if the file or a column is missing or of another kind, or no row is left.
+        InputError: if a file or a column is missing or of another kind, or no row is left.
     """
+    name = listed(texts)
     try:
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
     except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow; pip install 'nnclr[parquet]'") from None
-    name = printable(os.fsencode(path))
-    if not path.is_file():
-        raise InputError(f"{name} does not exist")
-    try:
-        columns = pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name} is not a readable parquet file: {str(error)[:120]}") from error
+        raise InputError(f"{name}: reading parquet needs pyarrow; pip install 'nnclr[parquet]'") from None
+    found = [file for text in texts for file in files(text)]
+    metadata = [_metadata(file) for file in found]
+    schema = metadata[0].schema.to_arrow_schema()
     image = query.get("image", "image")
-    label = query.get("label", "label" if "label" in columns else None)
+    label = query.get("label", "label" if "label" in schema.names else "") or None
     filters = {column: value for column, value in query.items() if column not in ("image", "label")}
-    wanted = [image, *([label] if label else []), *filters]
-    for column in wanted:
-        if column not in columns:
-            raise InputError(f"{name} has no column '{column}'; it has {', '.join(columns)}")
-    table = pq.read_table(path, columns=list(dict.fromkeys(wanted)), use_threads=False)
+    for file, about in zip(found, metadata, strict=True):
+        _require(file, about.schema.to_arrow_schema(), image, [*([label] if label else []), *filters])
+    pictures = _Pictures(image, found, metadata)
+    kind = schema.field(image).type
+    paths = f"{image}.path" if _is_struct(kind) and kind.get_field_index("path") >= 0 else None
+    small = list(dict.fromkeys([*([label] if label else []), *filters, *([paths] if paths else [])]))
+    table = pa.concat_tables([_small_columns(*each, small) for each in zip(found, metadata, strict=True)])
+    kept = np.ones(sum(pictures.rows), bool)
     for column, value in filters.items():
-        table = table.filter(pc.equal(pc.cast(table[column], pa.string()), value))
-    if table.num_rows == 0:
+        kept &= np.asarray(pc.equal(pc.cast(table[column], pa.string()), value).fill_null(False))
+    if not kept.any():
         raise InputError(f"{name} has no row with {' and '.join(f'{c}={v}' for c, v in filters.items()) or 'images'}")
-    pictures = table[image].combine_chunks()
-    names = None
-    if pa.types.is_struct(pictures.type):
-        fields = [pictures.type.field(i).name for i in range(pictures.type.num_fields)]
-        names = pictures.field("path") if "path" in fields else None
-        if "bytes" not in fields:
-            raise InputError(f"{name}: column '{image}' is a struct without 'bytes'; it has {', '.join(fields)}")
-        pictures = pictures.field("bytes")
-    if not (pa.types.is_binary(pictures.type) or pa.types.is_large_binary(pictures.type)):
-        raise InputError(f"{name}: column '{image}' holds {pictures.type}, not image bytes")
+    groups = np.repeat(np.arange(len(pictures.rows)), pictures.rows)[kept]
+    rows = np.concatenate([np.arange(n) for n in pictures.rows])[kept]
+    names = pc.struct_field(table[image], "path").filter(pa.array(kept)) if paths else None
+    labels, class_names = None, None
+    if label is not None:
+        labels, class_names = number_labels(
+            table[label].filter(pa.array(kept)), name, label, _class_names(schema, label)
+        )
 
-    def fetch(i: int) -> np.ndarray:
-        data = pictures[i].as_py()
-        if data is None:
-            raise BadImage("unreadable", "no bytes in this row")
-        return decode(data)
+    def content(i: int) -> bytes:
+        return pictures.content(int(groups[i]), int(rows[i]))
 
     def title(i: int) -> str:
         file = None if names is None else names[i].as_py()
-        return f"{name}#{i}" if file is None else printable(file.encode("utf-8", "surrogateescape"))
+        return f"{name}#{i}" if file is None else safe(file)
 
-    labels, class_names = (None, None) if label is None else _labels(table[label].to_pylist(), name, label)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update(repr(sorted(query.items())).encode())
-    return Source(name, table.num_rows, fetch, title, digest.hexdigest(), labels, class_names)
+    return Source(
+        name,
+        len(rows),
+        lambda i: decode(content(i)),
+        title,
+        _fingerprint(found, query, labels),
+        labels,
+        class_names,
+        revision=hashlib.sha256("\n".join(file.stamp for file in found).encode()).hexdigest(),
+        content=content,
+        blocks=tuple(np.bincount(groups, minlength=len(pictures.rows)).tolist()),
+        window=max(1, MOST_BYTES // 2 // max(1, *pictures.nbytes)),
+    )
 
 
-def _labels(values: list[object], name: str, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class indices: whole numbers from 0 as they are, anything else numbered in sorted order."""
-    if any(value is None for value in values):
-        raise InputError(f"{name}: column '{column}' lacks a label in {sum(v is None for v in values)} rows")
-    if all(isinstance(value, int) and value >= 0 for value in values):
-        labels = np.array(values, np.int64)
-        return labels, tuple(str(i) for i in range(int(labels.max()) + 1))
-    texts = [str(value) for value in values]
+def _metadata(file: File) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with file.open() as opened:
+            return pq.read_metadata(opened)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.name} is not a readable parquet file: {first_line(error)}") from error
+
+
+def _is_struct(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_struct(kind))
+
+
+def _require(file: File, schema: Any, image: str, others: list[str]) -> None:
+    """Refuse a file without these columns, or whose images are none."""
+    import pyarrow as pa
+
+    for column in (image, *others):
+        if column not in schema.names:
+            raise InputError(f"{file.name} has no column '{column}'; it has {', '.join(schema.names)}")
+    kind = schema.field(image).type
+    if _is_struct(kind):
+        fields = [kind.field(i).name for i in range(kind.num_fields)]
+        if "bytes" not in fields:
+            raise InputError(f"{file.name}: column '{image}' is a struct without 'bytes'; it has {', '.join(fields)}")
+        kind = kind.field("bytes").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise InputError(f"{file.name}: column '{image}' holds {kind}, not image bytes")
+
+
+def _small_columns(file: File, metadata: Any, columns: list[str]) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with file.open() as opened:
+            return pq.ParquetFile(opened, metadata=metadata).read(columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.name} cannot be read: {first_line(error)}") from error
+
+
+def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:
+    """The names of a ClassLabel, which Hugging Face data sets keep in the file's metadata."""
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+        return tuple(safe(name) for name in told)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _fingerprint(found: list[File], query: dict[str, str], labels: np.ndarray | None) -> str:
+    """Over the footers, which hold the sizes and extremes of all columns, wherever the files lie."""
+    digest = hashlib.sha256(repr(sorted(query.items())).encode())
+    for file in found:
+        end = file.read(file.size - 8, 8)
+        length = int.from_bytes(end[:4], "little")
+        digest.update(file.read(file.size - 8 - length, length))
+    digest.update(b"" if labels is None else labels.tobytes())
+    return digest.hexdigest()
+
+
+def number_labels(
+    column: Any, where: str, title: str, class_names: tuple[str, ...] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class indices (n,) of an Arrow column, and the names of the classes.
+
+    Whole numbers from 0 stay as they are, anything else is numbered in sorted order.
+
+    Raises:
+        InputError: if a row has none.
+    """
+    import pyarrow as pa
+
+    if column.null_count:
+        raise InputError(f"{where}: column '{title}' lacks a label in {column.null_count} rows")
+    if pa.types.is_integer(column.type):
+        labels = column.to_numpy().astype(np.int64)
+        if labels.min() >= 0 and labels.max() < (_MOST_CLASS if class_names is None else len(class_names)):
+            return labels, class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
+    texts = [safe(value) for value in column.to_pylist()]
     classes = sorted(set(texts))
     number = {text: i for i, text in enumerate(classes)}
     return np.array([number[text] for text in texts], np.int64), tuple(classes)

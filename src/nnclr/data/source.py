@@ -1,5 +1,6 @@
 """DATA in any of its forms to a `Source`."""
 
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ import numpy as np
 import torch
 
 from nnclr.data.folder import folder_source
+from nnclr.data.hub import hub_source
 from nnclr.data.images import Source, array_source
 from nnclr.data.named import torchvision_source
 from nnclr.data.parquet import parquet_source
 from nnclr.data.photos import photo_patches
+from nnclr.data.shards import is_shard_folder, shard_source
+from nnclr.data.storage import is_remote
 from nnclr.errors import InputError
 
 ACCEPTED = (
-    "a folder of images, a list of folders, FILE.parquet, torchvision:NAME, demo-photos, an array of images, "
-    "or a pair (images, labels)"
+    "a folder of images, a list of folders, a folder of shards, SHARDS.tar, FILES.parquet, hf:NAME_OR_PATH, "
+    "torchvision:NAME, demo-photos, an array of images, or a pair (images, labels)"
 )
 
 
@@ -24,9 +28,11 @@ def open_source(data: Any) -> Source:
     """Open DATA in any of its forms.
 
     Args:
-        data: a `Source` (returned as it is); a folder at any depth, or a list of them; `FILE.parquet` with an
-            optional `?split=train&label=COLUMN`; `torchvision:NAME[?split=test]`; `demo-photos[?split=test]`; an
-            array or tensor of uint8 images (n, h, w[, 1 or 3]) or (n, 3, h, w); or a pair (images, labels).
+        data: a `Source` (returned as it is); a folder at any depth, or a list of them; a folder that `nnclr pack`
+            wrote; `SHARDS.tar` or `FILES.parquet`, each a file, a pattern with `*` or `{000..099}`, or a list, the
+            latter with an optional `?split=train&label=COLUMN`; `hf:NAME_OR_PATH`; `torchvision:NAME[?split=test]`;
+            `demo-photos[?split=test]`; an array or tensor of uint8 images (n, h, w[, 1 or 3]) or (n, 3, h, w); or a
+            pair (images, labels). Shards and parquet files may be addresses, such as `s3://...`.
 
     Raises:
         InputError: if it is none of these, or holds no image; the message says what was found.
@@ -38,19 +44,39 @@ def open_source(data: Any) -> Source:
     if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, os.PathLike)):
         return array_source(*data)
     if isinstance(data, (list, tuple)) and data and all(isinstance(part, (str, os.PathLike)) for part in data):
-        return folder_source([Path(part) for part in data])
+        return _files_source([os.fspath(part) for part in data])
     if not isinstance(data, (str, os.PathLike)):
         raise InputError(f"data of type {type(data).__name__} is none of: {ACCEPTED}")
-    text, _, query = os.fspath(data).partition("?")
+    path = os.fspath(data)
+    text, _, query = path.partition("?")
     if text.startswith("torchvision:"):
         return torchvision_source(text.removeprefix("torchvision:"), **parse_query(query, {"split"}))
     if text == "demo-photos":
         return photo_patches(**parse_query(query, {"split"}))
+    if text.startswith("hf:") and not is_remote(text):
+        return hub_source(text.removeprefix("hf:"), **parse_query(query, {"split", "image", "label", "config"}))
     if text.endswith(".parquet"):
-        return parquet_source(Path(text), parse_query(query))
-    if text.startswith("hf:") or text.endswith(".tar"):
-        raise InputError(f"{text}: this version does not read hf: and .tar data; it reads {ACCEPTED}")
-    return folder_source([Path(os.fspath(data))])
+        return parquet_source([text], parse_query(query))
+    if text.endswith(".tar") or is_remote(text):
+        parse_query(query, set())
+        return shard_source([text])
+    return _files_source([path])
+
+
+def _files_source(paths: list[str]) -> Source:
+    """Folders of images, of shards or of parquet files, or such files."""
+    for extension, source in ((".tar", shard_source), (".parquet", lambda found: parquet_source(found, {}))):
+        if all(path.endswith(extension) for path in paths):
+            return source(paths)
+    if all(is_shard_folder(path) for path in paths):
+        return shard_source(paths)
+    try:
+        return folder_source([Path(path) for path in paths])
+    except InputError:
+        for extension in (".tar", ".parquet"):
+            if any(any(Path(path).glob(f"*{extension}")) for path in paths):
+                return _files_source([f"{glob.escape(path)}/*{extension}" for path in paths])
+        raise
 
 
 def test_split(data: Any) -> Source | None:
@@ -76,6 +102,6 @@ def parse_query(query: str, known: set[str] | None = None) -> dict[str, str]:
     wrong = [part for part in query.split("&") if part and "=" not in part]
     wrong += [] if known is None else sorted(pairs.keys() - known)
     if wrong:
-        choices = "NAME=VALUE" if known is None else ", ".join(f"{name}=..." for name in sorted(known))
+        choices = "NAME=VALUE" if known is None else ", ".join(f"{name}=..." for name in sorted(known)) or "nothing"
         raise InputError(f"'{wrong[0]}' after the ? is not understood; expected {choices}")
     return pairs

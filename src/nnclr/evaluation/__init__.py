@@ -33,6 +33,8 @@ PROTOCOLS: dict[str, Callable[..., Outcome]] = {
 
 _WHOLE = {"k", "epochs", "shots", "budgets", "repeats"}
 _NUMBERS = {"temperature", "learning_rates", "strengths", "fraction"}
+_LISTS = {"learning_rates", "strengths", "shots", "budgets"}
+_ONE_OR_MORE = {"k", "temperature"}
 
 
 def evaluate(
@@ -47,6 +49,8 @@ def evaluate(
     **parameters: Any,
 ) -> Result:
     """Measure an encoder on labelled images.
+
+    In a job of several ranks all of them call it together: they share the embedding, and each gets the result.
 
     Args:
         encoder: an `Encoder`, or anything that `nnclr.open_encoder` takes: a run or encoder folder, `timm:NAME`,
@@ -111,9 +115,18 @@ def check_parameters(protocol: str, parameters: dict[str, Any]) -> None:
     for name, value in parameters.items():
         if name not in _WHOLE | _NUMBERS or value is None:
             continue
-        several = list(value) if isinstance(value, (list, tuple)) else [value]
+        number = "a whole number above 0" if name in _WHOLE else "a number above 0"
+        if name in _ONE_OR_MORE:
+            number += ", or several"
+        listed = isinstance(value, (list, tuple))
+        if listed and name not in _LISTS | _ONE_OR_MORE:
+            raise InputError(f"{name} must be {number}, not a list")
+        if name in _LISTS and not (listed and value):
+            raise InputError(f"{name} must be a list, each entry {number}")
+        if listed and not value:
+            raise InputError(f"{name} is an empty list; it must be {number}")
         kinds: tuple[type, ...] = (int,) if name in _WHOLE else (int, float)
-        good = several and all(type(v) in kinds and 0 < v < float("inf") for v in several)
-        if not good:
-            kind = "a whole number" if name in _WHOLE else "a number"
-            raise InputError(f"{name}={value!r} must be {kind} above 0, or several where the protocol takes several")
+        for one in value if listed else (value,):
+            if type(one) not in kinds or not 0 < one < float("inf"):
+                kind = "" if isinstance(one, (int, float, str)) else f" of type {type(one).__name__}"
+                raise InputError(f"{name}={one}{kind} must be {number}")

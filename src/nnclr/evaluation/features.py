@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnclr import distributed
 from nnclr.data.images import Source
 from nnclr.encoder import Encoder
 from nnclr.evaluation.result import versions
@@ -31,16 +32,13 @@ def embedded(encoder: Encoder, source: Source, num_workers: int, say: Callable[[
     """Features of all images, (n, d) float32, memory-mapped and read from the cache where they are there.
 
     Memory is that of one batch whatever n is. A module of your own, whose code may change while its weights do not,
-    is never looked up in the cache. Writing to the result changes the caller's copy only.
+    is never looked up in the cache. Writing to the result changes the caller's copy only. In a job of several ranks
+    all of them call it together: each computes a share of the batches and gets all features.
     """
     known = cache_folder() / f"{cache_key(encoder, source)}.npy"
-    if encoder.name and known.is_file():
-        try:
-            features: np.ndarray = np.load(known, mmap_mode="c")
-            os.utime(known)
-            return features
-        except (OSError, ValueError):  # cut off by a full disk, or removed meanwhile: computed anew
-            pass
+    found = _cached(known) if encoder.name else None
+    if not distributed.mean({"missing": float(found is None)})["missing"] and found is not None:
+        return found
     if not encoder.name:
         return _computed(encoder, source, num_workers, say, None)
     try:
@@ -61,6 +59,15 @@ def embedded(encoder: Encoder, source: Source, num_workers: int, say: Callable[[
     _prune(known)
     kept: np.ndarray = np.load(known, mmap_mode="c")
     return kept
+
+
+def _cached(known: Path) -> np.ndarray | None:
+    try:
+        features: np.ndarray = np.load(known, mmap_mode="c")
+        os.utime(known)
+        return features
+    except (OSError, ValueError):  # not there, cut off by a full disk, or removed meanwhile
+        return None
 
 
 def cache_key(encoder: Encoder, source: Source) -> str:
@@ -89,7 +96,7 @@ def _computed(
     )
     began = said = time.perf_counter()
     done = 0
-    for rows in encoder.embed_batches(source, num_workers=num_workers):
+    for rows in encoder.embed_batches(source, num_workers=num_workers, together=True):
         out[done : done + len(rows)] = rows
         done += len(rows)
         now = time.perf_counter()

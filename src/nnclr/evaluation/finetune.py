@@ -237,9 +237,11 @@ def read_list(subset: str) -> list[str]:
                 text = answer.read(100 * 10**6).decode()
         else:
             text = Path(address).read_text()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         hint = f"; save it from {address} and name the file" if address.startswith("https://") else ""
-        raise InputError(f"the list {subset} cannot be read: {str(error)[:120]}{hint}") from error
+        reason = "it is no text" if isinstance(error, UnicodeDecodeError) else getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or str(reason)[:120]
+        raise InputError(f"the list {subset} cannot be read: {reason}{hint}") from error
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise InputError(f"the list {subset} names no image")

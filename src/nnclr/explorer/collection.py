@@ -136,16 +136,18 @@ def open_collection(
     notices: list[str] = []
     first = groups[0]
     sources = tuple(_source(file, data, notices) for file in first)
+    encoders = _encoders([group[0] for group in groups], encoder, notices)
+    for notice in notices:
+        say(notice)
     sides = []
-    for files, name in zip(groups, _names([_encoder_name(group[0]) for group in groups]), strict=True):
+    names = _names([_encoder_name(group[0]) for group in groups])
+    for files, name, made_by in zip(groups, names, encoders, strict=True):
         vectors = _joined(files)
         lengths = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
         unit = vectors.astype(np.float32) / np.maximum(lengths, 1e-30)
         title = name if len(groups) > 1 else ""
         placed = project(unit, _map_file(files), projection, say, title)
-        sides.append(Side(name, NeighbourIndex(vectors), placed, _encoder(files[0], encoder, notices)))
-    for notice in notices:
-        say(notice)
+        sides.append(Side(name, NeighbourIndex(vectors), placed, made_by))
     return Collection(
         ", ".join(dict.fromkeys(_title(file) for file in first)),
         [name for file in first for name in file.names],
@@ -234,23 +236,41 @@ def _fits(file: Embeddings, source: Source, known: bool) -> bool:
     return known or all(source.describe(int(file.ids[row])) == file.names[row] for row in some)
 
 
-def _encoder(file: Embeddings, asked: str | None, notices: list[str]) -> Encoder | None:
-    """The encoder of a file, or None and a notice."""
-    name, wanted = shown(file.path), file.facts.get("encoder_fingerprint")
-    candidates = [spec for spec in (asked, file.facts.get("encoder")) if spec]
-    reason = f"{name} does not say which encoder made it" if wanted is None else "its encoder had no name"
-    for spec in candidates if wanted is not None else []:
-        try:
-            encoder = open_encoder(spec)
-        except InputError as error:
-            reason = str(error)
-            continue
-        differing = other_encoder(file.facts, encoder)
-        if differing is None:
-            return encoder
-        reason = f"{shown(spec)} is not the encoder that made {name}: its {differing} differ"
-    notices.append(f"No search by a picture of your own: {reason}; name the encoder with --encoder.")
-    return None
+def _encoders(files: list[Embeddings], asked: str | None, notices: list[str]) -> list[Encoder | None]:
+    """The encoder of each file: the asked one where it made the file, else the one that the file names; or None."""
+    found: list[Encoder | None] = []
+    refused: list[str] = []  # why the asked one is not taken
+    for file in files:
+        named = file.facts.get("encoder")
+        encoder, reason = _encoder(file, asked or named)
+        if encoder is None and asked and named:
+            refused.append(reason)
+            encoder, reason = _encoder(file, named)
+        if encoder is None:
+            known = file.facts.get("encoder_fingerprint") is not None
+            remedy = "name the encoder with --encoder" if known else "nnclr embed writes files that do"
+            notices.append(f"No search by a picture of your own: {reason}; {remedy}.")
+        found.append(encoder)
+    if len(refused) == len(files):
+        notices.append(f"--encoder is not used: {refused[0]}.")
+    return found
+
+
+def _encoder(file: Embeddings, spec: str | None) -> tuple[Encoder | None, str]:
+    """An encoder if it is the one that made a file, else None and why it is not."""
+    name = shown(file.path)
+    if file.facts.get("encoder_fingerprint") is None:
+        return None, f"{name} does not say which encoder made it"
+    if not spec:
+        return None, "its encoder had no name"
+    try:
+        encoder = open_encoder(spec)
+    except InputError as error:
+        return None, str(error)
+    differing = other_encoder(file.facts, encoder)
+    if differing is None:
+        return encoder, ""
+    return None, f"{shown(spec)} is not the encoder that made {name}: its {differing} differ"
 
 
 def _title(file: Embeddings) -> str:

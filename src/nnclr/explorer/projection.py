@@ -78,7 +78,10 @@ def project(
     kept = _read(keep, key, len(vectors))
     if kept is not None:
         return Projection(*kept, how)
-    say(f"computing the map of {len(vectors):,} pictures by UMAP{f' ({title})' if title else ''}; it is done once")
+    say(
+        f"computing the map of {len(vectors):,} pictures by UMAP{f' ({title})' if title else ''}; it is done once, and "
+        "takes about half a minute more while UMAP is compiled"
+    )
     started = time.perf_counter()
     points, clusters = _scaled(_umap(vectors)), _clusters(vectors)
     seconds = time.perf_counter() - started

@@ -96,7 +96,7 @@ def _launch(z: Tensor, vectors: Tensor, filled: Tensor, k: int) -> tuple[Tensor,
     _group_maxima[grid](
         z.bfloat16(), vectors.bfloat16(), filled, maxima, n, groups, dim,
         GROUP=GROUP, QUERIES=_QUERIES, SLOTS=_SLOTS, DEPTH=_DEPTH,
-        WIDEN=triton.knobs.runtime.interpret,
+        WIDEN=triton.knobs.runtime.interpret, enable_fp_fusion=True,
     )  # fmt: skip
     kth = maxima.amax(dim=1) if k == 1 else maxima.topk(min(k, groups), dim=1).values[:, -1]
     # With fewer groups than k, or fewer filled ones, the threshold is -inf and all groups are candidates.
@@ -105,6 +105,6 @@ def _launch(z: Tensor, vectors: Tensor, filled: Tensor, k: int) -> tuple[Tensor,
     slots = torch.empty(n, k, dtype=torch.int64, device=z.device)
     _best_of_groups[(n,)](
         z, vectors, filled, maxima, thresholds, similarities, slots, groups, dim,
-        K=k, GROUP=GROUP, SCAN=_SCAN, DEPTH=min(128, triton.next_power_of_2(dim)),
+        K=k, GROUP=GROUP, SCAN=_SCAN, DEPTH=min(128, triton.next_power_of_2(dim)), enable_fp_fusion=True,
     )  # fmt: skip
     return similarities, slots

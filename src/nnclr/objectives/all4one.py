@@ -45,9 +45,16 @@ class All4One(BYOL):
         support_set_size: entries of the support set.
         neighbour_k: neighbours of a centroid.
         temperature: of the softmax.
+        shard_support_set: keep a share of the support set on each rank instead of all of it; see `SupportSet`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = (*BYOL.settings, "support_set_size", "neighbour_k", "temperature")
+    settings: ClassVar[tuple[str, ...]] = (
+        *BYOL.settings,
+        "support_set_size",
+        "shard_support_set",
+        "neighbour_k",
+        "temperature",
+    )
 
     def __init__(
         self,
@@ -59,6 +66,7 @@ class All4One(BYOL):
         support_set_size: int = 98_304,
         neighbour_k: int = 5,
         temperature: float = 0.2,
+        shard_support_set: bool = False,
     ) -> None:
         super().__init__(feature_dim, embedding_dim, projector_hidden_dim, predictor_hidden_dim, ema_momentum)
         if embedding_dim % 8:
@@ -69,7 +77,7 @@ class All4One(BYOL):
         self.mixer = nn.TransformerEncoderLayer(
             embedding_dim, nhead=8, dim_feedforward=2 * embedding_dim, dropout=0.0, batch_first=True
         )
-        self.support_set = SupportSet(support_set_size, embedding_dim)
+        self.support_set = SupportSet(support_set_size, embedding_dim, shard=shard_support_set)
         self.neighbour_k, self.temperature = neighbour_k, temperature
 
     def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:

@@ -43,9 +43,10 @@ class MSF(BYOL):
         ema_momentum: of the averaged weights; constant.
         support_set_size: entries of the support set.
         neighbour_k: k, the embedding itself included.
+        shard_support_set: keep a share of the support set on each rank instead of all of it; see `SupportSet`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = (*BYOL.settings, "support_set_size", "neighbour_k")
+    settings: ClassVar[tuple[str, ...]] = (*BYOL.settings, "support_set_size", "shard_support_set", "neighbour_k")
     momentum_to_one = False
 
     def __init__(
@@ -57,11 +58,13 @@ class MSF(BYOL):
         ema_momentum: float = 0.99,
         support_set_size: int = 98_304,
         neighbour_k: int = 5,
+        shard_support_set: bool = False,
     ) -> None:
         super().__init__(feature_dim, embedding_dim, projector_hidden_dim, predictor_hidden_dim, ema_momentum)
         if not 1 <= neighbour_k <= support_set_size:
             raise ValueError(f"neighbour_k={neighbour_k} is not between 1 and support_set_size={support_set_size}")
-        self.support_set, self.neighbour_k = SupportSet(support_set_size, embedding_dim), neighbour_k
+        self.support_set = SupportSet(support_set_size, embedding_dim, shard=shard_support_set)
+        self.neighbour_k = neighbour_k
 
     def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:
         """The symmetric loss; shapes as in `Objective.forward`."""

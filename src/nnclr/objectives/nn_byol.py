@@ -26,9 +26,10 @@ class NNBYOL(BYOL):
         predictor_hidden_dim: hidden width of the predictor.
         ema_momentum: as in `BYOL`.
         support_set_size: entries of the support set.
+        shard_support_set: keep a share of the support set on each rank instead of all of it; see `SupportSet`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = (*BYOL.settings, "support_set_size")
+    settings: ClassVar[tuple[str, ...]] = (*BYOL.settings, "support_set_size", "shard_support_set")
 
     def __init__(
         self,
@@ -38,9 +39,10 @@ class NNBYOL(BYOL):
         predictor_hidden_dim: int = 4096,
         ema_momentum: float = 0.996,
         support_set_size: int = 98_304,
+        shard_support_set: bool = False,
     ) -> None:
         super().__init__(feature_dim, embedding_dim, projector_hidden_dim, predictor_hidden_dim, ema_momentum)
-        self.support_set = SupportSet(support_set_size, embedding_dim)
+        self.support_set = SupportSet(support_set_size, embedding_dim, shard=shard_support_set)
 
     def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:
         """The symmetric loss; shapes as in `Objective.forward`."""
@@ -65,9 +67,10 @@ class NNSimSiam(SimSiam):
         projector_hidden_dim: hidden width of the projector.
         predictor_hidden_dim: hidden width of the predictor.
         support_set_size: entries of the support set.
+        shard_support_set: keep a share of the support set on each rank instead of all of it; see `SupportSet`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = (*SimSiam.settings, "support_set_size")
+    settings: ClassVar[tuple[str, ...]] = (*SimSiam.settings, "support_set_size", "shard_support_set")
 
     def __init__(
         self,
@@ -76,9 +79,10 @@ class NNSimSiam(SimSiam):
         projector_hidden_dim: int = 2048,
         predictor_hidden_dim: int = 4096,
         support_set_size: int = 98_304,
+        shard_support_set: bool = False,
     ) -> None:
         super().__init__(feature_dim, embedding_dim, projector_hidden_dim, predictor_hidden_dim)
-        self.support_set = SupportSet(support_set_size, embedding_dim)
+        self.support_set = SupportSet(support_set_size, embedding_dim, shard=shard_support_set)
 
     def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:
         """The symmetric loss; shapes as in `Objective.forward`."""

@@ -94,6 +94,7 @@ class NNCLR(Objective):
         decoupled_loss: see `nnclr_loss`.
         ema_momentum: look up, and enqueue, with averaged weights of this momentum.
         labels: (images,) int64, for `oracle`.
+        shard_support_set: keep a share of the support set on each rank instead of all of it; see `SupportSet`.
 
     Raises:
         ValueError: if the settings do not go together.
@@ -104,6 +105,7 @@ class NNCLR(Objective):
         "projector_hidden_dim",
         "predictor_hidden_dim",
         "support_set_size",
+        "shard_support_set",
         "temperature",
         "neighbour",
         "neighbour_k",
@@ -138,6 +140,7 @@ class NNCLR(Objective):
         decoupled_loss: bool = False,
         ema_momentum: float | None = None,
         labels: Tensor | None = None,
+        shard_support_set: bool = False,
     ) -> None:
         super().__init__()
         if neighbour not in NEIGHBOURS:
@@ -153,7 +156,7 @@ class NNCLR(Objective):
         self.transpose_loss, self.decoupled_loss = transpose_loss, decoupled_loss
         self.projector = ProjectionHead(feature_dim, projector_hidden_dim, embedding_dim)
         self.predictor = PredictionHead(embedding_dim, predictor_hidden_dim) if use_predictor else nn.Identity()
-        self.support_set = SupportSet(support_set_size, embedding_dim, replacement=replacement)
+        self.support_set = SupportSet(support_set_size, embedding_dim, replacement=replacement, shard=shard_support_set)
         self.momentum = ema_momentum
         self.average_projector = None if ema_momentum is None else average_of(self.projector)
         self.register_buffer("labels", labels if neighbour == "oracle" else None, persistent=False)

@@ -52,9 +52,16 @@ class SNCLR(BYOL):
         support_set_size: entries of the support set.
         neighbour_k: k.
         temperature: of the softmax.
+        shard_support_set: keep a share of the support set on each rank instead of all of it; see `SupportSet`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = (*BYOL.settings, "support_set_size", "neighbour_k", "temperature")
+    settings: ClassVar[tuple[str, ...]] = (
+        *BYOL.settings,
+        "support_set_size",
+        "shard_support_set",
+        "neighbour_k",
+        "temperature",
+    )
 
     def __init__(
         self,
@@ -66,11 +73,12 @@ class SNCLR(BYOL):
         support_set_size: int = 98_304,
         neighbour_k: int = 30,
         temperature: float = 0.1,
+        shard_support_set: bool = False,
     ) -> None:
         super().__init__(feature_dim, embedding_dim, projector_hidden_dim, predictor_hidden_dim, ema_momentum)
         if not 1 <= neighbour_k <= support_set_size:
             raise ValueError(f"neighbour_k={neighbour_k} is not between 1 and support_set_size={support_set_size}")
-        self.support_set = SupportSet(support_set_size, embedding_dim)
+        self.support_set = SupportSet(support_set_size, embedding_dim, shard=shard_support_set)
         self.neighbour_k, self.temperature = neighbour_k, temperature
 
     def forward(self, features: list[Tensor], targets: list[Tensor] | None = None, ids: Tensor | None = None) -> Output:

@@ -1,0 +1,161 @@
+"""The words after a verb as its options; the first mistake in them is answered in one plain sentence.
+
+tyro reads the words and prints the help. What it says of a mistake is a framed box in Python's terms, so that where
+it refuses, the words are gone through once more here to say which one is wrong.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from nnclr.errors import InputError
+
+Options = TypeVar("Options")
+_KINDS = {int: "a whole number", float: "a number"}
+_NUMBERS = ("-inf", "-infinity", "-nan")  # that look like flags
+
+
+def parse(kind: type[Options], words: Sequence[str], verb: str, also: Sequence[str] = (), **settings: Any) -> Options:
+    """The options that the words stand for.
+
+    Args:
+        kind: a dataclass whose fields are the options.
+        words: what stands behind the verb on the command line.
+        verb: for the help and for messages.
+        also: further flags of the verb, which were taken out of the words before.
+        **settings: further arguments of `tyro.cli`.
+
+    Raises:
+        InputError: naming the first word that is wrong, or what is missing.
+        SystemExit: after --help was printed.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # where tyro draws its box
+            options: Options = tyro.cli(kind, args=words, prog=f"nnclr {verb}", **settings)
+            return options
+    except SystemExit as left:
+        if not left.code:
+            raise
+    switches = tyro.conf.FlagConversionOff not in settings.get("config", ())
+    wrong = mistake(options_of(kind, settings.get("default"), switches), words, verb, also)
+    wrong = wrong or f"nnclr {verb} does not understand these arguments"
+    raise InputError(wrong if wrong.endswith("?") else f"{wrong}; see nnclr {verb} --help")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What one field takes on the command line."""
+
+    names: tuple[str, ...]  # its flags, or the word that stands for it in the usage
+    positional: bool
+    needed: bool
+    several: bool  # any number of values
+    switch: bool  # no value
+    kind: Any  # of a value: str, int or float
+    choices: tuple[str, ...]  # empty: anything of that kind
+    may_be_none: bool
+
+    def refusal(self, values: Sequence[str]) -> str | None:
+        """The first value that is wrong, and why."""
+        if self.may_be_none and values == ["None"]:
+            return None
+        for value in values:
+            if self.choices and value not in self.choices:
+                return f"{value} is not one of {', '.join(self.choices)}"
+            try:
+                self.choices or self.kind(value)
+            except ValueError:
+                return f"{value} must be {_KINDS[self.kind]}"
+        return None
+
+
+def options_of(kind: Any, default: Any = None, switches: bool = True) -> tuple[Option, ...]:
+    """The options of a dataclass as tyro understands them.
+
+    Args:
+        kind: the dataclass.
+        default: an instance whose values are the defaults.
+        switches: whether a truth value is a flag without value; else it takes True or False.
+    """
+    return tuple(_options(kind, default, switches))
+
+
+def _options(kind: Any, default: Any, switches: bool) -> Iterator[Option]:
+    annotated, plain = get_type_hints(kind, include_extras=True), get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        extras, inner = getattr(annotated[field.name], "__metadata__", ()), plain[field.name]
+        said = next((extra for extra in extras if hasattr(extra, "metavar")), None)
+        may_be_none = NoneType in get_args(inner)
+        if get_origin(inner) in (Union, UnionType):
+            inner = next(part for part in get_args(inner) if part is not NoneType)
+        several = get_origin(inner) is tuple
+        inner = get_args(inner)[0] if several else inner
+        choices = get_args(inner) if get_origin(inner) is Literal else ("True", "False") if inner is bool else ()
+        name = (said and said.name) or field.name.replace("_", "-")
+        positional, switch = tyro.conf.Positional in extras, inner is bool and switches
+        names = [(said and said.metavar) or name.upper()] if positional else [f"--{name}"]
+        names += [*((said and said.aliases) or ()), *([f"--no-{name}"] if switch else ())]
+        value = field.default if default is None else getattr(default, field.name)
+        needed = value in (dataclasses.MISSING, tyro.MISSING) and not (positional and several)
+        yield Option(tuple(names), positional, needed, several, switch, inner, choices, may_be_none)
+
+
+def mistake(options: Sequence[Option], words: Sequence[str], verb: str, also: Sequence[str] = ()) -> str | None:
+    """The first mistake in the words behind a verb, or None; see `parse`."""
+    flags = {name: option for option in options if not option.positional for name in option.names}
+    places = deque(option for option in options if option.positional)
+    missing = [option for option in options if option.needed]
+    rest, ended = deque(words), False
+    while rest:
+        word = rest.popleft()
+        if word == "--" and not ended:
+            ended = True
+            continue
+        values: list[str] = []
+        if _is_flag(word) and not ended:
+            name, *values = _split(word, flags)
+            if name not in flags:
+                near = difflib.get_close_matches(name, [*flags, *also], n=1, cutoff=0.5)
+                return f"{name} is no flag of nnclr {verb}" + (f"; did you mean {near[0]}?" if near else "")
+            option = flags[name]
+        elif places:
+            option = places.popleft()
+            name = option.names[0]
+            rest.appendleft(word)
+        else:
+            return f"'{word}' is one word too many for nnclr {verb}"
+        missing = [other for other in missing if other is not option]
+        if option.switch:
+            if values:
+                return f"{name} takes no value"
+            continue
+        reserved = sum(place.needed for place in places)  # words that a list of values leaves to what must follow
+        while rest and (not values or option.several) and (ended or not _is_flag(rest[0])):
+            if option.several and len(rest) <= reserved:
+                break
+            values.append(rest.popleft())
+        if not values and not option.several:
+            return f"{name} lacks its value"
+        if refusal := option.refusal(values):
+            return f"{name} {refusal}"
+    return f"nnclr {verb} needs {' and '.join(option.names[0] for option in missing)}" if missing else None
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is meant as a flag; -5 is a number."""
+    return word == "--" or (word.startswith("-") and word.lstrip("-")[:1].isalpha() and word.lower() not in _NUMBERS)
+
+
+def _split(word: str, flags: Mapping[str, Any]) -> list[str]:
+    """A flag as the help writes it, and its value where that is in the same word: --k=5, -k5."""
+    if word[:2] in flags and len(word) > 2:
+        return [word[:2], word[2:].removeprefix("=")]
+    name, *value = word.split("=", 1)
+    return [name.replace("_", "-"), *value]

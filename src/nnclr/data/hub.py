@@ -1,0 +1,149 @@
+"""Data sets of the Hugging Face library, from a folder or from the hub; code of a data set is never run."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnclr.data.decode import BadImage, decode, read_file
+from nnclr.data.images import Source, safe, shown
+from nnclr.data.parquet import number_labels, parquet_source
+from nnclr.errors import InputError, first_line
+
+
+def hub_source(
+    name: str, split: str = "train", image: str | None = None, label: str | None = None, config: str | None = None
+) -> Source:
+    """Images and labels of `hf:NAME_OR_PATH[?split=train&image=COLUMN&label=COLUMN&config=NAME]`.
+
+    Args:
+        name: a folder that `save_to_disk` wrote, a folder of parquet files, or a name on the hub, whose files are
+            fetched into the cache of the library.
+        split: which part; a folder without parts ignores it.
+        image: column of images; default `image`, or the only one.
+        label: column of labels; default `label`, or the only ClassLabel.
+        config: of a data set that comes in several.
+
+    Raises:
+        InputError: if the library is not installed, the data set cannot be had, or a column is missing.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"hf:{name} needs the datasets library; pip install 'nnclr[hub]'") from None
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise InputError(
+            "datasets 4 or newer is needed: older ones may run code of a data set; pip install -U datasets"
+        )
+    folder, title = Path(name), f"hf:{shown(name)}?split={split}"
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        found = sorted(str(path) for path in folder.rglob("*.parquet"))
+        query = {key: value for key, value in (("image", image), ("label", label)) if value is not None}
+        return replace(parquet_source(_of_split(found, split, folder), query), name=title)
+    try:
+        data = datasets.load_from_disk(name) if folder.is_dir() else datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library's own, and those of the network and of the hub's library
+        raise InputError(_reason(f"hf:{shown(name)}", error)) from error
+    if isinstance(data, dict):
+        if split not in data:
+            raise InputError(f"hf:{shown(name)} has no split '{split}'; it has {', '.join(data)}")
+        data = data[split]
+    return _source(data, title, image, label, folder if folder.is_dir() else Path(datasets.config.HF_CACHE_HOME))
+
+
+def _of_split(found: Sequence[str], split: str, folder: Path) -> list[str]:
+    """The files of a split, by name: `train-00000-of-00010.parquet` or `train/0000.parquet`, else all of them."""
+    if not found:
+        raise InputError(f"{shown(folder)} holds neither a data set of save_to_disk nor parquet files")
+    parts = [os.path.relpath(path, folder).replace(os.sep, "/") for path in found]
+    chosen = [
+        path
+        for path, part in zip(found, parts, strict=True)
+        if split in part.split("/")[:-1] or part.rpartition("/")[2].removesuffix(".parquet").partition("-")[0] == split
+    ]
+    return chosen or list(found)
+
+
+def _reason(name: str, error: Exception) -> str:
+    kind, text = type(error).__name__, first_line(error)
+    if "Offline" in kind or "Connection" in kind or isinstance(error, (ConnectionError, TimeoutError)):
+        return f"{name} is neither a folder nor in the cache, and the hub cannot be reached ({text})"
+    return f"{name} cannot be opened: {text}"
+
+
+def _source(data: Any, name: str, image: str | None, label: str | None, below: Path) -> Source:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    image = _column(data, image, "image", datasets.Image, name)
+    if image is None:
+        raise InputError(f"{name} has no column of images; it has {', '.join(data.column_names)}")
+    if isinstance(data.features[image], datasets.Image):
+        data = data.cast_column(image, datasets.Image(decode=False))
+    elif data.features[image] != datasets.Value("binary"):
+        raise InputError(f"{name}: column '{image}' holds {data.features[image]}, not images")
+    pictures = data.select_columns([image])
+    digest, paths = hashlib.sha256(), []
+    for table in pictures.with_format("arrow").iter(batch_size=1000):
+        column = table[image]
+        if pa.types.is_struct(column.type):
+            paths.append(pc.struct_field(column, "path"))
+            column = pc.struct_field(column, "bytes")
+        digest.update(pc.binary_length(column).fill_null(-1).to_numpy().astype("<i8").tobytes())
+    names = pa.chunked_array([part for column in paths for part in column.chunks], pa.string())
+    labels, class_names = _labels(data, _column(data, label, "label", datasets.ClassLabel, name), name)
+    digest.update(b"" if labels is None else labels.tobytes())
+
+    def content(i: int) -> bytes:
+        return _content(pictures[i][image], below)
+
+    def title(i: int) -> str:
+        file = names[i].as_py() if len(names) else None
+        return f"{name}#{i}" if file is None else safe(file)
+
+    return Source(
+        name, len(data), lambda i: decode(content(i)), title, digest.hexdigest(), labels, class_names, content=content
+    )
+
+
+def _column(data: Any, asked: str | None, usual: str, kind: type, name: str) -> str | None:
+    """The column that is asked for, or the usual one, or the only one of its kind; None where there is none."""
+    if asked:
+        if asked not in data.column_names:
+            raise InputError(f"{name} has no column '{asked}'; it has {', '.join(data.column_names)}")
+        return asked
+    if asked is None and usual in data.column_names:
+        return usual
+    found = [column for column, feature in data.features.items() if isinstance(feature, kind)]
+    return found[0] if asked is None and len(found) == 1 else None
+
+
+def _labels(data: Any, column: str | None, name: str) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Class indices and names; none where a ClassLabel says -1, as hidden test labels do."""
+    if column is None:
+        return None, None
+    values, known = data.with_format("arrow")[column][:], getattr(data.features[column], "names", None)
+    if known is not None and min(values.to_pylist(), default=0) == -1:
+        return None, None
+    return number_labels(values, name, column, None if known is None else tuple(map(safe, known)))
+
+
+def _content(stored: Any, below: Path) -> bytes:
+    """The bytes of an image; a file that is only named is read if it lies where the data set does."""
+    if isinstance(stored, bytes):
+        return stored
+    if stored is not None and stored["bytes"] is not None:
+        content: bytes = stored["bytes"]
+        return content
+    path = None if stored is None else stored["path"]
+    if path is None:
+        raise BadImage("unreadable", "no bytes in this row")
+    real, root = os.path.realpath(path), os.path.realpath(below)
+    if os.path.commonpath([real, root]) != root or not os.path.isfile(real):
+        raise BadImage("unreadable", f"{safe(path)} is not stored with the data set")
+    return read_file(real)

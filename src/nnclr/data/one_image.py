@@ -1,0 +1,117 @@
+"""Operations on a single large image on a CPU, where they take half the time of the same in batches."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LUMA = (0.2989, 0.587, 0.114)
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_WIDEST_SIGMA = 5.5  # taps of a Gaussian further out add up to less than 2^-24 of it
+
+
+def color_image(
+    image: Tensor,
+    operations: Sequence[tuple[str, float]],
+    grayscale: bool,
+    sigma: float,
+    half: int,
+    threshold: float | None,
+) -> None:
+    """Jitter, then grayscale, blur and solarise, in place: `augment.color` of one image on a CPU.
+
+    Args:
+        image: (3, s, s) float32 in [0, 1].
+        operations: names and factors of the jitter, in order.
+        grayscale: whether to take the colour away.
+        sigma: of the blur, 0 for none.
+        half: taps of the blur on either side, at most.
+        threshold: of solarise, None for none.
+    """
+    luma = _luma()
+    for name, factor in operations:
+        if name == "hue":
+            hue_image(image, factor)
+            continue
+        if name == "brightness":
+            image.mul_(factor)
+        elif name == "contrast":
+            mean = luma.dot(image.mean(dim=(1, 2)))
+            image.mul_(factor).add_(mean.mul_(1 - factor))
+        else:
+            image.lerp_((luma @ image.flatten(1)).view(image.shape[1:]), 1 - factor)
+        if factor > 1:  # otherwise the result lies between numbers in [0, 1]
+            image.clamp_(0, 1)
+    if grayscale:
+        image.copy_((luma @ image.flatten(1)).view(image.shape[1:]))
+    if sigma > 0:
+        blur_image(image, sigma, half, alike=grayscale)
+    if threshold is not None:
+        # Comparing in place gives zeros and ones at once; a mask of bools takes ten times as long.
+        image.lerp_(1 - image, image.clone().ge_(threshold))
+
+
+@cache
+def _luma() -> Tensor:
+    return torch.tensor(LUMA)
+
+
+def hue_image(image: Tensor, turns: float) -> None:
+    """Turn the hue of HSV in one image (3, h, w), in place: `augment._hue` with half the work.
+
+    Two sixths of a turn are a change of places of the channels, and a turn the other way is one of green and blue. So
+    let it be by t in [0, 1]. Then red is red - green + middle +- (1/2 - t) chroma, clamped, where + stands for hues
+    from red over green to cyan, and the others follow by symmetry.
+    """
+    places = round(3 * turns)
+    turn = 6 * turns - 2 * places
+    if places:
+        image.copy_(image.roll(places, 0))
+    red, green, blue = image if turn >= 0 else (image[0], image[2], image[1])
+    high = torch.maximum(red, green)
+    torch.maximum(high, blue, out=high)
+    low = torch.minimum(red, green)
+    torch.minimum(low, blue, out=low)
+    share, middle = (high - low).mul_(0.5 - abs(turn)), (high + low).mul_(0.5)
+    last = red.clone()
+    red.sub_(green)
+    green.sub_(blue)
+    blue.sub_(last)
+    sides = image.sign().mul_(share)
+    red_side, green_side, blue_side = sides if turn >= 0 else (sides[0], sides[2], sides[1])
+    red.add_(green_side)
+    green.add_(blue_side)
+    blue.add_(red_side)
+    image.add_(middle).clamp_(low, high)
+
+
+def blur_image(image: Tensor, sigma: float, half: int, alike: bool = False) -> None:
+    """Blur one square image (3, s, s) by a Gaussian of at most half taps on either side, in place.
+
+    Each axis in turn as sums of rows with weights, which is what an embedding bag is: each number is read from memory
+    once, and there are no products with zeros. Taps that add up to less than a rounding error are left out. Of
+    channels that are all alike one is blurred.
+    """
+    half = min(half, max(1, math.ceil(_WIDEST_SIGMA * sigma - 0.5)))
+    kernel = np.exp(-0.5 * (np.arange(-half, half + 1, dtype=np.float32) / np.float32(sigma)) ** 2)
+    made = image[:1] if alike else image
+    indices, offsets = _reflected(len(made), image.shape[1], half)
+    weights = torch.from_numpy(kernel / kernel.sum()).expand(len(offsets), -1).flatten()
+    for _ in range(2):
+        rows = made.contiguous().view(-1, image.shape[1])
+        summed = F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights)
+        made = summed.view_as(made).mT
+    image.copy_(made)
+
+
+@cache
+def _reflected(planes: int, rows: int, half: int) -> tuple[Tensor, Tensor]:
+    """Which rows of stacked planes are added up for each row, reflected at the border, and where each begins."""
+    within = np.abs(np.arange(rows)[:, None] + np.arange(-half, half + 1))
+    within = np.minimum(within, 2 * (rows - 1) - within)
+    indices = (rows * np.arange(planes)[:, None, None] + within).flatten()
+    return torch.from_numpy(indices), torch.arange(0, len(indices), 2 * half + 1)

@@ -1,0 +1,119 @@
+"""A sign of life from every process of a job, so that a dead or frozen one ends it within seconds.
+
+A collective alone waits for its timeout, minutes, where a process hangs; on CUDA also where it died.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+PATIENCE = 30.0  # seconds without a sign; also long calls that never let another thread run must fit in
+_INTERVAL = 1.0
+_ENDED, _VERDICT = "ended", "nnclr/verdict"
+
+
+class Store(Protocol):
+    """What of PyTorch's key-value stores is used here."""
+
+    def set(self, key: str, value: str) -> None:
+        """Write."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Read; waits for a key that is not there."""
+        ...
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of them are there."""
+        ...
+
+
+class Heartbeat:
+    """Beats once a second and watches the next rank; a thread, so that long steps do not stop it.
+
+    Who notices that its neighbour has fallen silent writes a verdict that every rank reads, and all leave.
+
+    Args:
+        store: shared by all ranks; used by this object alone.
+        rank: of this process.
+        world_size: number of processes.
+        patience: seconds of silence that count as lost; default `PATIENCE`.
+        leave: called with the reason in the watching thread; by default it says so and ends the process with code 85.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        patience: float | None = None,
+        leave: Callable[[str], None] | None = None,
+    ) -> None:
+        self.store, self.rank = store, rank
+        self.patience = PATIENCE if patience is None else patience
+        self.neighbour = (rank + 1) % world_size
+        self.leave = _leave if leave is None else leave
+        self._stop = threading.Event()
+        self._beat(0)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def cause(self, wait: float = 2.0) -> str | None:
+        """The first cause that any rank gave for the end of the job, waiting a little for it; None without."""
+        until = time.monotonic() + wait
+        while time.monotonic() < until:
+            try:
+                if self.store.check([_VERDICT]):
+                    return self.store.get(_VERDICT).decode()
+            except RuntimeError:  # the store is gone with its process
+                return None
+            time.sleep(0.05)
+        return None
+
+    def close(self, failure: str | None = None) -> None:
+        """Stop watching; with a failure, tell the others why this rank leaves."""
+        self._stop.set()
+        self._thread.join(timeout=2 * _INTERVAL)
+        try:
+            if failure is not None and not self.store.check([_VERDICT]):
+                self.store.set(_VERDICT, f"rank {self.rank}: {failure}")
+            self.store.set(_key(self.rank), _ENDED)
+        except RuntimeError:  # the store is gone with its process: nobody is left to be told
+            return
+
+    def _beat(self, count: int) -> None:
+        self.store.set(_key(self.rank), str(count))
+
+    def _run(self) -> None:
+        count, last, heard = 0, b"", time.monotonic()
+        while not self._stop.wait(_INTERVAL):
+            count += 1
+            try:
+                self._beat(count)
+                if self.store.check([_VERDICT]):
+                    return self.leave(self.store.get(_VERDICT).decode())
+                beat = self.store.get(_key(self.neighbour)) if self.store.check([_key(self.neighbour)]) else b""
+            except RuntimeError as error:
+                if not self._stop.is_set():
+                    self.leave(f"the process that the others meet at is gone ({str(error).splitlines()[0][:100]})")
+                return None
+            if beat != last or beat == _ENDED.encode():
+                last, heard = beat, time.monotonic()
+            elif time.monotonic() - heard > self.patience:
+                reason = f"rank {self.neighbour} gave no sign for {self.patience:.0f} s: it was killed or is frozen"
+                self.store.set(_VERDICT, reason)
+                return self.leave(reason)
+        return None
+
+
+def _key(rank: int) -> str:
+    return f"nnclr/beat/{rank}"
+
+
+def _leave(reason: str) -> None:
+    """End this process at once: the main thread may be in a collective that never returns."""
+    print(f"nnclr: {reason}; start the job again, it goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(85)

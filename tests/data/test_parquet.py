@@ -1,0 +1,144 @@
+"""Parquet of several files and many row groups, near and far; single small files are in test_source.py."""
+
+import io
+import json
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from nnclr.data import parquet
+from nnclr.data.augment import policy
+from nnclr.data.decode import BadImage
+from nnclr.data.loader import Plan, create_loader
+from nnclr.data.source import open_source
+from nnclr.errors import InputError
+
+
+def png(i):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20 + i % 3, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def table(ids, names=None):
+    made = pa.table(
+        {
+            "image": [{"bytes": png(i), "path": f"p{i}.png"} for i in ids],
+            "label": pa.array([i % 3 for i in ids], pa.int64()),
+            "split": ["test" if i % 10 == 9 else "train" for i in ids],
+        }
+    )
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    return made.replace_schema_metadata({"huggingface": json.dumps(features)}) if names else made
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files of 30 rows in groups of four."""
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        ids = range(30 * number, 30 * number + 30)
+        pq.write_table(table(ids), tmp_path / f"set/train-{number:05d}-of-00002.parquet", row_group_size=4)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("form", ["folder", "*", "braces", "list", "remote"])
+def test_many_files(folder, form):
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe(f"/set/{path.name}", path.read_bytes())
+    data = {
+        "folder": folder,
+        "*": f"{folder}/*.parquet",
+        "braces": str(folder / "train-{00000..00001}-of-00002.parquet"),
+        "list": sorted(folder.iterdir()),
+        "remote": "memory://set/train-*.parquet",
+    }[form]
+    source = open_source(data)
+    assert len(source) == 60
+    assert source.blocks == (4, 4, 4, 4, 4, 4, 4, 2) * 2
+    assert all(source.content(i) == png(i) for i in range(60))
+    assert [source.describe(i) for i in (0, 59)] == ["p0.png", "p59.png"]
+    assert source.labels.tolist() == [i % 3 for i in range(60)]
+    assert source.fingerprint == open_source(f"{folder}/*.parquet").fingerprint
+    memory.store.clear()
+
+
+def test_rows_are_kept_by_their_columns(folder):
+    source = open_source(f"{folder}/*.parquet?split=test")
+    kept = [i for i in range(60) if i % 10 == 9]
+    assert [source.content(i) for i in range(6)] == [png(i) for i in kept]
+    assert sum(source.blocks) == 6
+    assert source.labels.tolist() == [i % 3 for i in kept]
+    assert [source.describe(i) for i in range(6)] == [f"p{i}.png" for i in kept]
+    assert open_source(f"{folder}/*.parquet?label=").labels is None
+
+
+def test_names_of_classes_come_from_the_metadata(tmp_path):
+    pq.write_table(table(range(6), ["ant", "bee", "cat"]), tmp_path / "x.parquet")
+    assert open_source(tmp_path / "x.parquet").class_names == ("ant", "bee", "cat")
+    pq.write_table(table(range(6), ["too", "few"]), tmp_path / "y.parquet")
+    assert open_source(tmp_path / "y.parquet").class_names == ("0", "1", "2")
+
+
+def test_a_folder_of_images_stays_one_beside_a_parquet_file(folder):
+    (folder / "x.png").write_bytes(png(0))
+    assert open_source(folder).describe(0) == "x.png"
+
+
+def test_memory_holds_some_row_groups(folder, monkeypatch):
+    """Training goes through an order that needs two groups at a time, and reads each about once an epoch."""
+    group = open_source(folder)
+    abouts = [pq.read_metadata(path) for path in folder.iterdir()]
+    largest = max(
+        sum(about.row_group(g).column(c).total_uncompressed_size for c in (0, 1)) for about in abouts for g in range(8)
+    )
+    monkeypatch.setattr(parquet, "MOST_BYTES", 4 * largest)
+    source, reads = open_source(folder), []
+    assert source.window == 2
+    assert group.window > len(group.blocks)  # the control: all of it fits
+    real = parquet._Pictures._read
+    monkeypatch.setattr(parquet._Pictures, "_read", lambda self, number: reads.append(number) or real(self, number))
+    plan = Plan(60, 6, policy("byol", 16), 0)
+    loader = create_loader(source, plan, torch.device("cpu"), 2)
+    reads.clear()
+    seen = [i for batch in loader.batches(0, 10) for i in batch.ids.tolist()]
+    assert sorted(seen) == list(range(60))
+    assert len(reads) < 2 * 16
+    reads.clear()
+    for i in np.random.default_rng(0).permutation(60).tolist():  # the control: any order
+        source.content(i)
+    assert len(reads) > 2.5 * 16
+
+
+def test_files_that_change_or_vanish(folder):
+    source = open_source(folder)
+    (folder / "train-00000-of-00002.parquet").write_bytes(b"no")
+    with pytest.raises(BadImage, match="unreadable"):
+        source.content(0)
+    (folder / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(BadImage, match="unreadable"):
+        source.content(5)
+    assert source.content(45) == png(45)
+
+
+def test_identity_follows_the_content(folder, tmp_path):
+    before = open_source(folder)
+    (folder).rename(tmp_path / "moved")
+    moved = open_source(tmp_path / "moved")
+    assert moved.fingerprint == before.fingerprint
+    pq.write_table(table(range(1, 31)), tmp_path / "moved/train-00000-of-00002.parquet", row_group_size=4)
+    assert open_source(tmp_path / "moved").fingerprint != before.fingerprint
+
+
+def test_files_that_do_not_fit_each_other(folder):
+    pq.write_table(pa.table({"image": [1, 2]}), folder / "x.parquet")
+    with pytest.raises(InputError, match=r"x.parquet has no column 'label'; it has image"):
+        open_source(folder)
+    with pytest.raises(InputError, match=r"x.parquet: column 'image' holds int64, not image bytes"):
+        open_source(f"{folder}/*.parquet?label=")

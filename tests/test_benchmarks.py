@@ -1,0 +1,79 @@
+"""The runners of the benchmarks: results are compared, records become a page. No time is judged."""
+
+import json
+
+import pytest
+from benchmarks import __main__ as runner
+from benchmarks import cases, gpu
+
+import nnclr
+
+
+@pytest.fixture
+def without_peers(monkeypatch):
+    """The sides that need no other library."""
+    sides = cases._lookup
+
+    def ours(*arguments):
+        return {name: side for name, side in sides(*arguments).items() if name != "lightly"}
+
+    monkeypatch.setattr(cases, "_lookup", ours)
+
+
+def test_a_case_compares_results_first(without_peers, monkeypatch):
+    assert cases._lookup_check(600, 16)() == "all 512 neighbours equal a float64 comparison; loss equal to 0e+00"
+    nearest = nnclr.SupportSet.nearest
+
+    def second(self, z):
+        found = nearest(self, z, k=2)
+        return found._replace(embeddings=found.embeddings[:, 1:])
+
+    monkeypatch.setattr(nnclr.SupportSet, "nearest", second)
+    with pytest.raises(AssertionError, match="'nnclr': 0"):
+        cases._lookup_check(600, 16)()
+
+
+def test_every_case_has_its_peer_and_a_goal():
+    for name, case in cases.CASES.items():
+        assert {"nnclr", case.peer} <= set(case.sides), name
+        assert case.goal > 0
+
+
+def side(seconds):
+    return {"seconds": seconds, "lowest": seconds, "highest": 2 * seconds, "repeats": 9, "extra_mib": 1.5}
+
+
+def test_page_says_what_was_reached_and_what_was_missed():
+    facts = {
+        "equal": "to the bit",
+        "date": "2026-01-02",
+        "machine": "a machine",
+        "torch": "2",
+        "python": "3",
+        "load": 0,
+    }
+    known = {
+        "lars": {"sides": {"nnclr": side(1.0), "lightly": side(1.2)}, **facts},
+        "lookup-large": {"sides": {"nnclr": side(0.1), "lightly": side(0.6)}, **facts},
+    }
+    lines = runner.render(known).splitlines()
+    reached, missed = (next(line for line in lines if cases.CASES[n].title in line) for n in ("lookup-large", "lars"))
+    assert "6.00 x lightly | 4 x | reached | 2.00 |" in reached
+    assert "1.20 x lightly | 1.5 x | **missed** | 2.00 |" in missed
+    assert "Measured on 2026-01-02, a machine, torch 2, Python 3." in lines
+
+
+def test_gpu_runner_with_small_numbers(tmp_path, monkeypatch, capsys):
+    chosen = ["limits", "augmentation", "lookup", "lars", "step-resnet18-32"]
+    monkeypatch.setattr("sys.argv", ["gpu", *chosen, "--tiny", "--out", str(tmp_path / "gpu.json")])
+    assert gpu.main() == 0
+    known = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(known) == chosen
+    assert known["lookup"]["equal"].startswith("64 of 64 equal float64")
+    assert known["augmentation"]["equal"] == "to 0.0e+00 of the plain functions"  # these are they
+    assert len(known["step-resnet18-32"]["views_a_second"]["eager"]) == 5
+    assert all(rate > 0 for rate in known["step-resnet18-32"]["views_a_second"]["eager"])
+    monkeypatch.setitem(gpu.CASES, "limits", lambda device: 1 / 0)  # a case that fails is told, and ends in 1
+    monkeypatch.setattr("sys.argv", ["gpu", "limits", "--tiny"])
+    assert gpu.main() == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out

@@ -1,0 +1,160 @@
+"""A folder with planted faults, and what is said of it."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from nnclr import cli, data_check
+from nnclr.data import shards
+from nnclr.data_check import check_data, in_words
+from nnclr.errors import InputError
+from nnclr.pack import pack
+
+
+def picture(i, width=40, height=40):
+    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """50 good pictures of two classes, and one fault of each kind."""
+    root = tmp_path / "photos"
+    for i in range(50):
+        folder = root / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(i).save(folder / f"{i:02d}.png")
+    return root
+
+
+def plant(root):
+    whole = (root / "a/00.png").read_bytes()
+    (root / "a/empty.png").write_bytes(b"")
+    (root / "a/page.jpg").write_text("<html>")
+    (root / "b/cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "a/copy.png").write_bytes(whole)
+    (root / "b/copy.png").write_bytes(whole)
+    (root / "b/again.png").write_bytes((root / "b/01.png").read_bytes())
+    picture(60).convert("CMYK").save(root / "a/cmyk.jpg")
+    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(root / "a/deep.png")
+    picture(61, 20, 18).save(root / "a/tiny.png")
+    picture(62, 700, 33).save(root / "b/long.png")
+    os.symlink("/etc/passwd", root / "a/link.png")
+
+
+def test_planted_faults_are_found(photos, tmp_path):
+    plant(photos)
+    report = check_data(str(photos), tmp_path / "report.json", say=lambda _: None)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["images"] == 60
+    assert report["left_out"] == {"link out of the folder": 1}
+    assert report["unreadable"]["count"] == 3
+    assert report["unreadable"]["reasons"] == {"not_an_image": 2, "truncated": 1}
+    assert report["unreadable"]["first"][0].startswith("a/empty.png (not_an_image")
+    double = report["duplicates"]
+    assert (double["groups"], double["surplus"], double["groups_with_different_labels"]) == (2, 3, 1)
+    assert double["first"] == [["a/00.png", "a/copy.png", "b/copy.png"], ["b/01.png", "b/again.png"]]
+    assert report["modes"] == {"RGB": 55, "CMYK": 1, "I;16": 1}
+    assert report["formats"] == {"PNG": 56, "JPEG": 1}
+    assert report["odd_modes"] == {"count": 2, "first": ["a/cmyk.jpg", "a/deep.png"]}
+    sizes = report["sizes"]
+    assert sizes["smallest"] == {"width": 20, "height": 18, "image": "a/tiny.png"}
+    assert sizes["largest"] == {"width": 700, "height": 33, "image": "b/long.png"}
+    assert sizes["median_shorter_side"] == 40
+    assert sizes["small"] == {"count": 1, "first": ["a/tiny.png"]}
+    assert sizes["long"] == {"count": 1, "first": ["b/long.png"]}
+    assert report["labels"] == {"classes": {"a": 31, "b": 29}}
+    assert report["damaged_shards"] == []
+    assert report["verdict"] == "fine"  # three of sixty are skipped by a run
+    words = "\n".join(in_words(report))
+    for text in ("60 in", "3 not_an_image 2, truncated 1", "a/00.png = a/copy.png = b/copy.png", "20 x 18  a/tiny.png"):
+        assert text in words, text
+    assert "1 of the groups under different labels" in words
+
+
+def test_clean_data_has_nothing_to_report(photos):
+    """The control of the test above."""
+    report = check_data(str(photos), say=lambda _: None)
+    assert report["unreadable"] == {"count": 0, "first": [], "reasons": {}}
+    assert report["duplicates"]["groups"] == report["odd_modes"]["count"] == report["sizes"]["small"]["count"] == 0
+    assert report["verdict"] == "fine"
+
+
+def test_what_training_would_refuse_is_said(photos):
+    for i in range(11):
+        (photos / f"a/{i}.jpg").write_bytes(b"")
+    assert "11 of the 61 images" in check_data(str(photos), say=lambda _: None)["verdict"]
+    (photos / "a/0.jpg").unlink()
+    assert check_data(str(photos), say=lambda _: None)["verdict"] == "fine"  # ten are not too many
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"")
+    report = check_data(str(photos), say=lambda _: None)
+    assert "none of the 60 images" in report["verdict"]
+    assert report["sizes"] == {}
+    assert list(in_words(report))
+
+
+def test_damaged_shards_are_named(photos, tmp_path):
+    pack(photos, tmp_path / "packed", say=lambda _: None)
+    for data in (tmp_path / "packed", tmp_path / "packed/*.tar"):
+        assert check_data(str(data), say=lambda _: None)["verdict"] == "fine"
+    path = tmp_path / "packed/shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # in the end mark: no image is harmed, and no decoder would notice
+    path.write_bytes(content)
+    report = check_data(str(tmp_path / "packed"), say=lambda _: None)
+    assert report["unreadable"]["count"] == 0
+    assert report["damaged_shards"] == [f"{path}: its SHA-256 is not that of the index"]
+    assert report["verdict"].startswith("1 of the shards")
+    assert any(line.startswith("damaged") for line in in_words(report))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_sorted_shards_are_told_from_shuffled_ones(tmp_path, monkeypatch, shuffled):
+    monkeypatch.setattr(shards, "WINDOW_BYTES", 1)
+    order = np.random.default_rng(0).permutation(100) if shuffled else np.arange(100)
+    for number in range(10):
+        with webdataset.TarWriter(str(tmp_path / f"{number}.tar")) as writer:
+            for i in order[10 * number : 10 * number + 10].tolist():
+                file = io.BytesIO()
+                picture(i, 4, 4).save(file, "PNG")
+                writer.write({"__key__": str(i), "png": file.getvalue(), "cls": i // 10})
+    report = check_data(str(tmp_path / "*.tar"), say=lambda _: None)
+    share = report["labels"]["classes_in_a_shard"]
+    assert (0.85 < share < 1.15) if shuffled else share < 0.2
+    assert any("the shards are sorted" in line for line in in_words(report)) != shuffled
+
+
+def test_the_command(photos, tmp_path, capsys):
+    assert cli.main(["data", "check", str(photos), "--out", str(tmp_path / "r.json")]) == 0
+    seen = capsys.readouterr()
+    assert seen.out.startswith(f"images        50 in {photos}\n")
+    assert seen.out.endswith("verdict       fine\n")
+    assert seen.err == ""
+    for i in range(11):
+        (photos / f"a/{i}.jpg").write_bytes(b"")
+    assert cli.main(["data", "check", str(photos)]) == 81
+    seen = capsys.readouterr()
+    assert "unreadable    11 not_an_image 11" in seen.out
+    assert seen.err.startswith("nnclr: 11 of the 61 images")
+    assert cli.main(["data", "look", str(photos)]) == 2
+    assert cli.main(["data", "check", str(tmp_path / "nowhere")]) == 2
+
+
+def test_images_without_files(monkeypatch):
+    report = check_data("demo-photos?split=test", say=lambda _: None)
+    assert report["images"] == 17 * 60
+    assert report["formats"] == {"none": 1020}
+    assert len(report["labels"]["classes"]) == 17
+    assert any("..." in line for line in in_words(report))
+
+
+def test_a_report_that_cannot_be_written(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_check, "_look", lambda *_: pytest.fail("nothing was to be read"))
+    for out in (tmp_path, tmp_path / "nowhere/r.json"):
+        with pytest.raises(InputError, match="must be a file in a folder that exists"):
+            check_data(str(photos), out)

@@ -1,0 +1,189 @@
+"""Runs of several processes: the same training, and a quick end for all when one of them is lost."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import nnclr
+
+JOB, EMBED = (Path(__file__).with_name(f"torchrun_{name}.py") for name in ("job", "embed"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+def torchrun(ranks, *arguments, job=JOB, options=(), **variables):
+    """The ended job, by torchrun where there is more than one rank."""
+    command = [sys.executable, job]
+    if ranks > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            *options,
+            job,
+        ]
+    command += map(str, arguments)
+    environment = ENVIRONMENT | variables
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+
+
+def workers(ranks, *arguments):
+    """The processes of a job without a launcher, so that nobody but themselves can end them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+        environment = ENVIRONMENT | {"MASTER_PORT": str(port)} | {name: str(value) for name, value in variables.items()}
+        command = [sys.executable, JOB, *map(str, arguments)]
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    return started
+
+
+def ended(process, limit):
+    """Output and exit code of a process that must end by itself."""
+    try:
+        output, errors = process.communicate(timeout=limit)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+def final(run):
+    return safetensors.torch.load_file(sorted((run / "checkpoints").iterdir())[-1] / "tensors.safetensors")
+
+
+def assert_same_training(run, other):
+    """Weights and momentum to 1e-5 (relative); order, ids and counters of the support set exactly."""
+    ours, theirs = final(run), final(other)
+    assert ours.keys() == theirs.keys()
+    exact = [name for name, value in ours.items() if not value.is_floating_point() and not name.startswith("rng.")]
+    assert any(name.startswith("objective.support_set") for name in exact)
+    assert all(torch.equal(ours[name], theirs[name]) for name in exact)
+    for part in ("backbone.", "objective.predictor.", "objective.projector.", "objective.support_set.", "optimizer."):
+        names = [name for name in ours if name.startswith(part) and name not in exact]
+        one, two = (torch.cat([state[name].flatten() for name in names]) for state in (ours, theirs))
+        assert (one - two).norm() <= 1e-5 * one.norm(), part
+    for one, two in zip(nnclr.Run(run).metrics, nnclr.Run(other).metrics, strict=True):
+        for name in ("loss", "grad_norm", "neighbour_similarity", "embedding_std", "rank_me", "neighbour_purity"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4), (one["step"], name)
+    assert [line["value"] for line in nnclr.Run(run).evaluations] == [
+        line["value"] for line in nnclr.Run(other).evaluations
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process: 50 steps."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    answer = torchrun(1, run, 5)
+    assert answer.returncode == 0, answer.stderr
+    return run
+
+
+def test_two_processes_train_what_one_trains(alone, tmp_path):
+    answer = torchrun(2, tmp_path / "run", 5, "grad_cache@*:5")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("finished") == 1  # rank 0 alone speaks
+    assert_same_training(alone, tmp_path / "run")
+
+
+def test_four_processes_stop_together_and_two_go_on(alone, tmp_path):
+    """The signal reaches one rank only; every rank stops at the same step, and the job goes on at another size.
+
+    Before the stop the support set is sharded, and after it whole: how it is held changes nothing of the run.
+    """
+    answer = torchrun(4, tmp_path / "run", 5, "terminate@2:17", "shard_support_set@*:1")
+    assert "exitcode  : 80" in answer.stderr
+    assert answer.stderr.count("stopped by a signal to another process at step 18 of 50") == 1
+    answer = torchrun(2, tmp_path / "run", 5)
+    assert answer.returncode == 0, answer.stderr
+    assert "resumed" in answer.stdout
+    assert_same_training(alone, tmp_path / "run")
+
+
+def test_launcher_restarts_a_job_that_lost_a_process(alone, tmp_path):
+    answer = torchrun(2, tmp_path / "run", 5, "kill@1:13", options=["--max-restarts=1"])
+    assert answer.returncode == 0, answer.stderr
+    assert "at step 10 of 50" in answer.stdout
+    assert_same_training(alone, tmp_path / "run")
+
+
+def test_ranks_that_were_started_differently(tmp_path):
+    answers = [ended(process, 60) for process in workers(2, tmp_path / "run", 5, "support_set_size@1:64")]
+    assert [code for code, _, _ in answers] == [2, 2]
+    assert "rank 1 has another configuration than rank 0" in answers[0][2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_that_cannot_be_divided(tmp_path):
+    answer = torchrun(5, tmp_path / "run", 5)
+    assert "batch_size=24 cannot be divided among 5 processes; use a multiple of 5" in answer.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_error_of_one_rank_is_told_by_the_others(tmp_path):
+    answers = [ended(process, 60) for process in workers(2, tmp_path / "run", 5, "fail@1:13")]
+    assert [code for code, _, _ in answers] == [85, 81]
+    assert "rank 1: the disk of this rank is gone" in answers[0][2]
+
+
+@pytest.mark.parametrize(("lost", "limit"), [("kill@1:13", 5), ("kill@0:13", 5), ("freeze@1:13", 3 + 5)])
+def test_lost_process_ends_the_others(lost, limit, alone, tmp_path):
+    """Without a launcher's help, with code 85, and the same command goes on from the checkpoint to the same end."""
+    victim = int(lost.partition("@")[2][0])
+    processes = workers(2, tmp_path / "run", 5, lost, "patience@*:3")
+    survivor = processes[1 - victim]
+    code, _, errors = ended(survivor, 100)
+    left = time.time()
+    assert code == 85, errors
+    assert "start the job again" in errors
+    assert "Traceback" not in errors
+    processes[victim].kill()
+    output, _ = processes[victim].communicate()
+    happened = float(next(line for line in output.splitlines() if line.startswith(("dying", "freezing"))).split()[1])
+    assert left - happened < limit
+    if lost.startswith("freeze"):
+        assert "rank 1 gave no sign for 3 s" in errors
+        answer = torchrun(1, tmp_path / "run", 5)
+        assert answer.returncode == 0, answer.stderr
+        assert_same_training(alone, tmp_path / "run")
+
+
+def test_ranks_share_embedding_and_evaluation(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        folder = tmp_path / "data" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(100 * (i % 2), 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    (tmp_path / "data/a/007.png").write_bytes(b"no image")
+    said = {}
+    for ranks in (1, 3):
+        answer = torchrun(
+            ranks, tmp_path / "data", tmp_path / f"{ranks}.npy", job=EMBED, NNCLR_CACHE=str(tmp_path / f"cache{ranks}")
+        )
+        assert answer.returncode == 0, answer.stderr
+        said[ranks] = sorted(line for line in answer.stdout.splitlines() if line.startswith("rank"))
+        assert answer.stdout.count(" embeddings of 128 numbers") == 1
+    written = sorted(path.name.removeprefix("1.") for path in tmp_path.glob("1.*"))
+    assert {"npy", "skipped.csv"} < set(written)
+    for name in written:
+        assert (tmp_path / f"1.{name}").read_bytes() == (tmp_path / f"3.{name}").read_bytes(), name
+    value = said[1][0].partition("value")[2]
+    parts = [line.partition(" value")[0] for line in said[3]]
+    assert parts == ["rank 0 parts [0, 192]", "rank 1 parts [64, 256]", "rank 2 parts [128]"]
+    assert [line.partition("value")[2] for line in said[3]] == [value] * 3

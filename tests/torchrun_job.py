@@ -1,0 +1,91 @@
+"""A small run for tests/test_torchrun.py, started on every rank: OUT, epochs, and what goes wrong where.
+
+Nothing in it normalises over the batch, so that the number of ranks changes rounding only.
+"""
+
+import functools
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+import nnclr
+from nnclr import heartbeat
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.GELU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GELU())
+
+    def forward(self, x):
+        return self.layers(x).mean((2, 3))
+
+
+AT = {}  # step -> what this rank does after it
+
+
+class Plain(nnclr.NNCLR):
+    @functools.wraps(nnclr.NNCLR.__init__)
+    def __init__(self, feature_dim, **settings):
+        super().__init__(feature_dim, **settings)
+        self.projector, self.predictor = nn.Linear(feature_dim, 16), nn.Linear(16, 16)
+
+    def update(self, out):
+        super().update(out)
+        AT.get(int(self.support_set.updates), lambda: None)()
+
+
+def fail():
+    raise nnclr.errors.DataError("the disk of this rank is gone")
+
+
+def freeze():
+    print("freezing", time.time(), flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def kill():
+    print("dying", time.time(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(out, epochs, *faults):
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (240, 16, 16, 3), dtype=np.uint8), np.arange(240) % 4
+    settings = {"seed": 0, "support_set_size": 100}
+    for fault in faults:  # NAME@RANK:VALUE
+        name, _, where = fault.partition("@")
+        rank, _, value = where.partition(":")
+        if rank not in ("*", str(RANK)) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            continue  # after a restart nothing goes wrong
+        if name in ("seed", "support_set_size", "grad_cache", "shard_support_set"):
+            settings[name] = bool(value) if name.startswith("shard") else int(value)
+        elif name == "patience":
+            heartbeat.PATIENCE = float(value)
+        elif name == "terminate":
+            AT[int(value)] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            AT[int(value)] = {"fail": fail, "freeze": freeze, "kill": kill}[name]
+    torch.manual_seed(1)
+    nnclr.pretrain(
+        (images, labels), out, backbone=Net(), objective=Plain, epochs=float(epochs), batch_size=24, image_size=16,
+        embedding_dim=16, precision="fp32", optimizer="lars", learning_rate=1.0, warmup_epochs=0.5,
+        evaluate_every_epochs=2.0, log_every_steps=5, checkpoint_every_steps=10, **settings,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except nnclr.errors.NNCLRError as error:  # as the command does
+        if not error.told:
+            print(f"nnclr: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
