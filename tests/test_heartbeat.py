@@ -35,6 +35,7 @@ class Store:
 def ranks(monkeypatch):
     """Three ranks that beat every 20 ms and lose patience after 0.3 s, and what each left with."""
     monkeypatch.setattr(heartbeat, "_INTERVAL", 0.02)
+    monkeypatch.setattr(heartbeat, "_GRACE", 0.1)
     store, left = Store(), {}
     hearts = [
         Heartbeat(store, rank, 3, 0.3, lambda reason, rank=rank: left.update({rank: reason})) for rank in range(3)
@@ -71,9 +72,26 @@ def test_a_silent_rank_ends_all(ranks):
 def test_a_failure_is_told_to_all_at_once(ranks):
     _, hearts, left = ranks
     hearts[2].close("the disk is full")
-    assert wait_for(lambda: len(left) == 2, 0.2)
+    assert wait_for(lambda: len(left) == 2, 0.4)
     assert left == {0: "rank 2: the disk is full", 1: "rank 2: the disk is full"}
     assert hearts[0].cause() == "rank 2: the disk is full"
+
+
+def test_who_leaves_by_itself_in_time_is_not_pushed(ranks):
+    _, hearts, left = ranks
+    hearts[2].close("the disk is full")
+    hearts[0].close("lost a peer")
+    time.sleep(0.4)
+    assert set(left) == {1}
+
+
+def test_a_pause_of_all_is_no_loss(ranks, monkeypatch):
+    """As by SIGSTOP to the whole job, after which every clock has jumped."""
+    _, _, left = ranks
+    clock = time.monotonic
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock() + 100)
+    time.sleep(0.3)
+    assert left == {}
 
 
 def test_the_first_cause_stays(ranks):

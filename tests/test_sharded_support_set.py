@@ -241,6 +241,17 @@ def test_shards_are_loaded_by_any_number_of_ranks(as_rank, saved, world):
             assert all(torch.equal(value, expected[name]) for name, value in own.state_dict().items())
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_state_of_the_whole_set_loads_into_every_share(as_rank, world):
+    whole = fed(as_rank(0, 1)).state_dict()
+    for number in range(world):
+        own = as_rank(number, world)
+        own.load_state_dict(whole)
+        expected = fed(as_rank(number, world)).state_dict()
+        assert own.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in own.state_dict().items())
+
+
 def test_shards_that_do_not_belong_together_are_named(as_rank):
     states = [fed(as_rank(number, 3)).state_dict() for number in range(3)]
     with pytest.raises(ValueError, match="in none of the shards"):

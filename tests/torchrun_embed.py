@@ -15,9 +15,14 @@ def main(data, out):
         encoder = nnclr.open_encoder("random:small-convnet?size=16")
         written, write = [], embed._Parts.write
         embed._Parts.write = lambda self, rows, *rest: written.append(rows.start) or write(self, rows, *rest)
+        rows, embed_views = [], nnclr.Encoder.embed_views
+        nnclr.Encoder.embed_views = lambda self, views: rows.append(len(views)) or embed_views(self, views)
         embed.embed_to_file(encoder, data, out, batch_size=32)
         result = nnclr.evaluate(encoder, data, k=5)
-        print(f"rank {distributed.rank()} parts {written} value {result.value} of {result.n_test}", flush=True)
+        print(
+            f"rank {distributed.rank()} parts {written} rows {sum(rows)} value {result.value} of {result.n_test}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Net(nn.Module):
         return self.layers(x).mean((2, 3))
 
 
-AT = {}  # step -> what this rank does after it
+AT = {}  # step -> what this rank does after it, to the objective
 
 
 class Plain(nnclr.NNCLR):
@@ -36,24 +36,45 @@ class Plain(nnclr.NNCLR):
     def __init__(self, feature_dim, **settings):
         super().__init__(feature_dim, **settings)
         self.projector, self.predictor = nn.Linear(feature_dim, 16), nn.Linear(16, 16)
+        self.factor = 1.0
+
+    def forward(self, features, targets=None, ids=None):
+        out = super().forward(features, targets, ids)
+        out.loss = out.loss * self.factor
+        return out
 
     def update(self, out):
         super().update(out)
-        AT.get(int(self.support_set.updates), lambda: None)()
+        AT.get(int(self.support_set.updates), lambda objective: None)(self)
 
 
-def fail():
+def fail(objective):
     raise nnclr.errors.DataError("the disk of this rank is gone")
 
 
-def freeze():
+def freeze(objective):
     print("freezing", time.time(), flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def kill():
+def kill(objective):
     print("dying", time.time(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate(objective):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def flip(objective):
+    objective.predictor.weight.data.view(torch.int32)[0, 0] ^= 1
+
+
+def spoil(objective):
+    objective.factor = float("nan")
+
+
+ACTIONS = {act.__name__: act for act in (fail, freeze, kill, terminate, flip, spoil)}
 
 
 def main(out, epochs, *faults):
@@ -61,25 +82,30 @@ def main(out, epochs, *faults):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (240, 16, 16, 3), dtype=np.uint8), np.arange(240) % 4
     settings = {"seed": 0, "support_set_size": 100}
+    seed, times = 1, 1
     for fault in faults:  # NAME@RANK:VALUE
         name, _, where = fault.partition("@")
         rank, _, value = where.partition(":")
         if rank not in ("*", str(RANK)) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             continue  # after a restart nothing goes wrong
-        if name in ("seed", "support_set_size", "grad_cache", "shard_support_set"):
-            settings[name] = bool(value) if name.startswith("shard") else int(value)
+        if name in ACTIONS:
+            AT[int(value)] = ACTIONS[name]
         elif name == "patience":
             heartbeat.PATIENCE = float(value)
-        elif name == "terminate":
-            AT[int(value)] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        elif name == "weights":
+            seed = int(value)
+        elif name == "times":
+            times = int(value)
         else:
-            AT[int(value)] = {"fail": fail, "freeze": freeze, "kill": kill}[name]
-    torch.manual_seed(1)
-    nnclr.pretrain(
-        (images, labels), out, backbone=Net(), objective=Plain, epochs=float(epochs), batch_size=24, image_size=16,
-        embedding_dim=16, precision="fp32", optimizer="lars", learning_rate=1.0, warmup_epochs=0.5,
-        evaluate_every_epochs=2.0, log_every_steps=5, checkpoint_every_steps=10, **settings,
-    )  # fmt: skip
+            settings[name] = bool(value) if name.startswith("shard") else int(value)
+    torch.manual_seed(seed)
+    network = Net()
+    for _ in range(times):
+        nnclr.pretrain(
+            (images, labels), out, backbone=network, objective=Plain, epochs=float(epochs), batch_size=24,
+            image_size=16, embedding_dim=16, precision="fp32", optimizer="lars", learning_rate=1.0, warmup_epochs=0.5,
+            evaluate_every_epochs=2.0, log_every_steps=5, checkpoint_every_steps=10, **settings,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

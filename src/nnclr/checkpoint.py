@@ -70,6 +70,11 @@ class TrainState:
             torch.cuda.synchronize()
         return tensors
 
+    def trained(self) -> list[Tensor]:
+        """Parameters and buffers of all networks, not copied."""
+        networks = [of for of in (self.backbone, self.objective, self.average) if of is not None]
+        return [tensor for of in networks for tensor in (*of.parameters(), *of.buffers())]
+
     def replicated(self) -> dict[str, Tensor]:
         """What every rank must hold alike, not copied: weights and support set, but not each rank's batch norms."""
         return {name: t.detach() for name, t in self._modules().items() if not name.endswith(_STATISTICS)}

@@ -131,6 +131,8 @@ def _print_dry_run(given: dict[str, Any]) -> None:
     from nnclr.dry_run import dry_run
     from nnclr.training import build, make_views, resolve, train
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--dry-run tries one process; start it without torchrun")
     source = open_source(given["data"])
     test = open_source(given["test_data"]) if "test_data" in given else test_split(given["data"])
     config = resolve(make_config(**{"out": "unused"} | given), source)

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import time
+import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -25,6 +26,7 @@ from nnclr.heartbeat import Heartbeat
 
 _HASHED = 2**16  # words at a time: what a core's cache holds as int64
 _TIMEOUT = timedelta(seconds=300)  # of a collective; the heartbeat notices lost processes long before
+_MEETING = timedelta(seconds=1800)  # that processes wait for each other at the start
 _GOODBYE = 10.0  # seconds that taking leave of the others may take
 _PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
@@ -166,6 +168,7 @@ def from_main(function: Callable[[], T]) -> T:
         except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait for it)
             failure = error
             message = {"error": type(error).__name__, "text": str(error)}
+    barrier()  # rank 0 may need longer than a collective waits
     message = broadcast(message)
     if failure is not None:
         raise told(failure) if isinstance(failure, NNCLRError) else failure
@@ -220,6 +223,26 @@ def all_arrays(array: np.ndarray | None) -> list[np.ndarray]:
         padded[: len(array)] = torch.from_numpy(array).to(shape.device)
     everyone = gather(padded[None]).cpu().numpy()
     return [everyone[i, :n] for i, (n, d) in enumerate(shapes) if d]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Each rank's value, in rank order, on every rank; anything that JSON can carry."""
+    if world_size() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8).astype(np.float32)  # exact, and what is sent
+    return [json.loads(text.astype(np.uint8).tobytes()) for text in all_rows(content)]
+
+
+def all_rows(content: np.ndarray) -> list[np.ndarray]:
+    """The float32 vectors of all ranks, whose lengths may differ."""
+    return [array[:, 0] for array in all_arrays(content[:, None])]
+
+
+def take_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors on the device by those of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
 
 
 def mean(values: Mapping[str, float]) -> dict[str, float]:
@@ -328,33 +351,43 @@ def process_group(device: str) -> Iterator[None]:
         PeerLostError: if another process was lost or failed; the message has its cause.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # events, waits and random states are those of the current device
         yield
         return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE is set without {', '.join(missing)}; start the job with torchrun")
-    _die_with_parent()
-    cuda = device.startswith("cuda")
+    if device.startswith("cuda:"):
+        raise InputError(f"device={device} would put all processes on one device; leave the number out")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
+    cuda = device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing else has to reach this machine
-    met, number, size = next(iter(_c10d.rendezvous("env://", timeout=timedelta(seconds=1800))))
+    met, number, size = next(iter(_c10d.rendezvous("env://", timeout=_MEETING)))
     own = _c10d.TCPStore(os.environ["MASTER_ADDR"], _port(met), is_master=False, timeout=_TIMEOUT)
-    # The launcher's store outlives its workers: after a restart it still holds the addresses of those that are gone.
-    attempt = f"nnclr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = _c10d.PrefixStore(f"{attempt}/group", met)
+    meeting = _meet(_c10d.PrefixStore("nnclr/meet", own), number, size)
+    store = _c10d.PrefixStore(f"nnclr/{meeting}/group", met)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=size, timeout=_TIMEOUT)
-    heart = Heartbeat(_c10d.PrefixStore(f"{attempt}/heart", own), number, size)
-    _meetings.append(_c10d.PrefixStore(f"{attempt}/meet", met))
+    heart = Heartbeat(_c10d.PrefixStore(f"nnclr/{meeting}/heart", own), number, size)
+    _meetings.append(_c10d.PrefixStore(f"nnclr/{meeting}/barrier", met))
     failure: str | None = None
     try:
         yield
+        barrier()  # rank 0 may hold the store, and writes what the others read next
     except NNCLRError as error:
         failure = None if error.shared else str(error)
         raise
     except RuntimeError as error:  # gloo and NCCL have no kind of their own for a peer that is gone
         failure = f"{type(error).__name__}: {errors.first_line(error)}"
+        if "Expected to have finished reduction" in str(error):
+            raise InputError(
+                "the network has parameters that take no part in the loss, which several processes cannot train; "
+                "remove them or set their requires_grad to False"
+            ) from error
         if not any(text in str(error) for text in _LOST):
             raise
         cause = heart.cause()
@@ -374,6 +407,34 @@ def process_group(device: str) -> Iterator[None]:
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "timeout", "Broken pipe",
          "remote process", "NCCL", "Connection refused", "Socket closed")  # fmt: skip
+
+
+def _meet(store: Any, number: int, size: int) -> str:
+    """A name that the present processes agree on, and no earlier ones that used the same store.
+
+    A launcher's store outlives its workers, and a process may start several jobs: the addresses of those before are
+    still in it. So each rank says hello with a new name, rank 0 lists what it hears, and each answers the list that
+    its own name is in; the list that all have answered is the meeting.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"hello/{number}", own)
+    until = time.monotonic() + _MEETING.total_seconds()
+    while time.monotonic() < until:
+        if number == 0:
+            keys = [f"hello/{other}" for other in range(size)]
+            if store.check(keys):
+                names = ",".join(store.get(key).decode() for key in keys)
+                store.set("list", names)
+                answers = [f"answer/{other}" for other in range(1, size)]
+                if store.check(answers) and all(store.get(answer).decode() == names for answer in answers):
+                    store.set("agreed", names)
+                    return _digest(names).hex()
+        elif store.check(["list"]) and own in (names := store.get("list").decode()).split(","):
+            store.set(f"answer/{number}", names)
+            if store.check(["agreed"]) and store.get("agreed").decode() == names:
+                return _digest(names).hex()
+        time.sleep(0.02)
+    raise PeerLostError(f"not all of the {size} processes came within {_MEETING}; start the job again")
 
 
 def _port(store: Any) -> int:

@@ -88,12 +88,12 @@ def refuse_out(format: str, out: Path) -> None:
     """Raise the InputError for a format or a name that cannot be written, before an encoder is loaded for it."""
     if format not in FORMATS:
         raise InputError(f"'{format}' is no export format; choose {', '.join(FORMATS)}")
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists and is not overwritten; name another --out, or remove it")
     if format in ("torchvision", "timm") and out.suffix not in (".safetensors", *_PICKLED):
         raise InputError(f"{out} must end in .safetensors or .pth")
     if not out.parent.is_dir():
         raise InputError(f"{out} is to be in a folder that does not exist; make {out.parent} first")
-    if os.path.lexists(out):
-        raise InputError(f"{out} exists and is not overwritten; name another --out, or remove it")
 
 
 def _torchvision(encoder: Encoder, path: Path, title: str, run: str | Path | None) -> list[str]:

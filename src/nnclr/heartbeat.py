@@ -12,6 +12,7 @@ from typing import Protocol
 
 PATIENCE = 30.0  # seconds without a sign; also long calls that never let another thread run must fit in
 _INTERVAL = 1.0
+_GRACE = 4.0  # seconds to leave by oneself, perhaps with a checkpoint to finish, once the job is known to end
 _ENDED, _VERDICT = "ended", "nnclr/verdict"
 
 
@@ -89,12 +90,17 @@ class Heartbeat:
 
     def _run(self) -> None:
         count, last, heard = 0, b"", time.monotonic()
+        turn = heard
         while not self._stop.wait(_INTERVAL):
             count += 1
+            if time.monotonic() - turn > 5 * _INTERVAL:  # the whole machine, or job, was paused
+                heard = time.monotonic()
+            turn = time.monotonic()
             try:
                 self._beat(count)
                 if self.store.check([_VERDICT]):
-                    return self.leave(self.store.get(_VERDICT).decode())
+                    verdict = self.store.get(_VERDICT).decode()
+                    return None if self._stop.wait(_GRACE) else self.leave(verdict)
                 beat = self.store.get(_key(self.neighbour)) if self.store.check([_key(self.neighbour)]) else b""
             except RuntimeError as error:
                 if not self._stop.is_set():

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import time
 import tomllib
 from collections.abc import Sequence
@@ -16,13 +17,13 @@ import nnclr
 from nnclr import checkpoint, distributed, health, neighbour_sheet, plots, report, run_folder
 from nnclr.checkpoint import TrainState
 from nnclr.data.images import Source
-from nnclr.data.loader import Batch, Loader, Plan
+from nnclr.data.loader import Batch, Loader, Plan, StreamLoader
 from nnclr.encoder import Encoder
 from nnclr.errors import StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
 from nnclr.objectives import NNCLR, Output
-from nnclr.progress import Reporter, Window, metrics_line
+from nnclr.progress import Reporter, Window, metrics_line, slow_data
 from nnclr.tracking import Tracker
 
 
@@ -91,6 +92,7 @@ class Recorder:
         self.tracker: Tracker | None = None
         self.writer = checkpoint.BackgroundWriter()
         self.finished = False
+        self.lines_logged, self.slow_data_said = 0, False
 
     def start(self, skipped: list[str] | None) -> None:
         """Say what is about to happen; evaluate the untrained network of a fresh run."""
@@ -160,6 +162,8 @@ class Recorder:
         began, state = time.perf_counter(), self.state
         distributed.assert_replicas_equal(state.replicated())
         shards = state.whole_shards()
+        bad = {int(i): why for found in distributed.from_all(dict(self.loader.bad)) for i, why in found.items()}
+        self.loader.bad.update(bad)
         if not self.main:
             return
         self.writer.wait()  # two copies at a time would be one too many
@@ -173,7 +177,7 @@ class Recorder:
             "threads": torch.get_num_threads(),
             "notes": copy.deepcopy(state.notes),
         }
-        step, tensors, bad = state.step, state.tensors() | shards, dict(self.loader.bad)
+        step, tensors = state.step, state.tensors() | shards
         encoder = replace(self.encoder(), module=checkpoint.frozen_copy(state.backbone, tensors, "backbone."))
 
         def write() -> None:
@@ -240,6 +244,7 @@ class Recorder:
         measured: dict[str, Tensor | float] = {"loss": out.loss.detach(), **out.metrics, "neighbour_purity": math.nan}
         if self.labels is not None and out.neighbours:
             measured["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
+        bad = len({i for found in distributed.from_all([*self.loader.bad]) for i in found})
         values = {
             **distributed.mean({name: float(value) for name, value in measured.items()}),
             "learning_rate": rate,
@@ -248,9 +253,10 @@ class Recorder:
             "rank_me": float(health.rank_me(z1)),
             "alignment": float(health.alignment(z1, z2)),
             "uniformity": float(health.uniformity(z1)),
-            "bad_images": len(self.loader.bad),
+            "bad_images": bad,
             "images_per_second": self.window.rate(batch_size),
             "data_share": self.window.data_share(),
+            "aside_share": self.window.aside_share(),
         }
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         images = step * batch_size
@@ -272,12 +278,24 @@ class Recorder:
         )
         if warning is not None:
             self.reporter.say(f"warning: {warning}")
+        self._say_if_data_is_slow(values["data_share"])
         self.window = Window()
         if step == self.log_every and self.evaluate_every:
             self._draw_neighbours()
 
+    def _say_if_data_is_slow(self, share: float) -> None:
+        """Once in a run; the first line is left out, because the first batches cannot be made ahead."""
+        if self.lines_logged and not self.slow_data_said and isinstance(self.loader, StreamLoader):
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            text = slow_data(share, self.loader.num_workers, max(cores, 1))
+            if text is not None:
+                self.reporter.say(text)
+                self.slow_data_said = True
+        self.lines_logged += 1
+
     def _evaluate(self) -> None:
         began = time.perf_counter()
+        distributed.take_from_main(self.state.backbone.buffers())  # one encoder; training does not read them
         if self.knn is not None:
             result = self.knn.measure(self.encoder())
             if self.main:

@@ -339,9 +339,10 @@ class SupportSet(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        whole = self._ranks > 1 and len(state_dict.get(prefix + "ids", ())) == self.size  # see `whole_state`
         for name in self._state_names:
             own, saved = getattr(self, name), state_dict.get(prefix + name)
-            if self._ranks > 1 and prefix + "slots" not in state_dict:  # a whole set's state
+            if whole:
                 saved = own if name == "slots" else self._own_rows(name, saved)
             if saved is None:
                 missing_keys.append(prefix + name)

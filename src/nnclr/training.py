@@ -123,6 +123,7 @@ def train(
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         distributed.from_main(lambda: claim(run, stack))
         restored = restore(run, state, source)
+        distributed.barrier()  # some may have read their images faster
         if state.step < total:  # a finished run keeps the record of where it was trained
             distributed.from_main(lambda: run_folder.write_record(run, to_toml(config), config.device, source))
         recorder = create_recorder(run, config, source, test, state, loader, plan, total, quiet)
@@ -370,7 +371,8 @@ def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
         return {"step": found.step, "notes": found.state["notes"], "skipped": skipped}
 
     found = distributed.from_main(load)
-    if found is None:
+    if found is None:  # a network of your own may have other weights in each process
+        distributed.take_from_main(state.trained())
         return None
     state.restore(distributed.broadcast_tensors(tensors))
     state.step, state.notes = found["step"], found["notes"]

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ def embedded(encoder: Encoder, source: Source, num_workers: int, say: Callable[[
     is never looked up in the cache. Writing to the result changes the caller's copy only. In a job of several ranks
     all of them call it together: each computes a share of the batches and gets all features.
     """
-    known = cache_folder() / f"{cache_key(encoder, source)}.npy"
+    key = cache_key(encoder, source)
+    distributed.agree({"encoder or set of images": key})
+    known = cache_folder() / f"{key}.npy"
     found = _cached(known) if encoder.name else None
     if not distributed.mean({"missing": float(found is None)})["missing"] and found is not None:
         return found
-    if not encoder.name:
+    if not encoder.name or distributed.rank() != 0:  # one rank keeps them for all
         return _computed(encoder, source, num_workers, say, None)
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +115,13 @@ def _computed(
 
 def _prune(keep: Path) -> None:
     """Remove what was used longest ago until the cache is small enough, and what killed processes left."""
+    found = []
+    for file in keep.parent.glob("*.npy"):
+        with suppress(OSError):  # renamed by its process meanwhile
+            found.append((file.stat().st_mtime, file.stat().st_size, file))
     total = 0
-    for file in sorted(keep.parent.glob("*.npy"), key=lambda file: -file.stat().st_mtime):
+    for used, size, file in sorted(found, reverse=True):
         unfinished = file.name.startswith(".tmp-")
-        total += 0 if unfinished else file.stat().st_size
-        if file.stat().st_mtime < time.time() - 86400 if unfinished else total > MOST_BYTES and file != keep:
+        total += 0 if unfinished else size
+        if used < time.time() - 86400 if unfinished else total > MOST_BYTES and file != keep:
             file.unlink(missing_ok=True)
