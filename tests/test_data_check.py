@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import time
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset
@@ -158,3 +160,24 @@ def test_a_report_that_cannot_be_written(photos, tmp_path, monkeypatch):
     for out in (tmp_path, tmp_path / "nowhere/r.json"):
         with pytest.raises(InputError, match="must be a file in a folder that exists"):
             check_data(str(photos), out)
+
+
+def test_a_damaged_remote_shard_does_not_end_the_report(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("NNCLR_CACHE", str(tmp_path / "cache"))
+    pack(photos, tmp_path / "packed", say=lambda _: None)
+    memory = fsspec.filesystem("memory")
+    for path in (tmp_path / "packed").iterdir():
+        memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+    content = memory.cat("/bucket/shard-000000.tar")
+    memory.pipe("/bucket/shard-000000.tar", content[:-1] + b"x")
+    source = data_check.open_source("memory://bucket")
+    for _ in range(200):  # until the shard was fetched and found wrong
+        if isinstance(data_check._look(source, 0), str):
+            break
+        time.sleep(0.01)
+    monkeypatch.setattr(data_check, "open_source", lambda _: source)
+    report = check_data("memory://bucket", say=lambda _: None)
+    memory.store.clear()
+    assert report["unreadable"]["count"] == 50
+    assert report["unreadable"]["reasons"] == {"unreadable": 50}
+    assert report["verdict"].startswith("1 of the shards")

@@ -203,10 +203,12 @@ class Die:
 def in_a_child(action):
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             action()
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     return os.waitpid(child, 0)[1]
 
 
@@ -297,6 +299,39 @@ def test_what_is_in_the_way_is_kept(tmp_path, photos):
         go(photos, tmp_path / "busy")
 
 
+def test_a_folder_of_another_with_this_name_is_kept(tmp_path, photos):
+    for number, name in enumerate((".pack/notes.json", "mine.txt", ".pack/facts.json")):
+        out = tmp_path / str(number)
+        (out / ".pack").mkdir(parents=True)
+        (out / name).write_text("{}")
+        (out / ".tmp-mine").write_text("x")
+        before = files(out)
+        with pytest.raises(InputError, match="is not empty and holds no shards"):
+            go(photos, out)
+        assert files(out) == before
+    (tmp_path / "own/.pack").mkdir(parents=True)  # the control: killed before anything was written, or while it was
+    for name in (".lock", "000000.json", "facts.json", ".tmp-facts.json-17"):
+        (tmp_path / "own/.pack" / name).write_text("")
+    go(photos, tmp_path / "own")
+    assert len(open_source(tmp_path / "own")) == 37
+
+
+def test_the_same_data_by_another_path(tmp_path, photos, monkeypatch):
+    go(photos, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert "is done already" in go("photos", tmp_path / "out")[0]
+    with monkeypatch.context() as patch:
+        Die(patch, 60, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Stopped):
+            go(photos, tmp_path / "half")
+    assert "are there from before" in go("photos", tmp_path / "half")[0]
+
+
+def test_a_child_that_fails_is_told_from_one_that_ends():
+    assert in_a_child(lambda: None) == 0
+    assert in_a_child(lambda: 1 // 0) != 0
+
+
 @pytest.mark.parametrize("settings", [{"size": 0}, {"shard_size": 0}, {"quality": 101}])
 def test_settings_that_cannot_be(tmp_path, photos, settings):
     with pytest.raises(InputError, match="is not between 1 and"):
@@ -327,7 +362,7 @@ def test_data_that_is_gone(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module._Shard, "add", add)
-        with pytest.raises(DataError, match="101 images of s in a row cannot be read, more than can"):
+        with pytest.raises(DataError, match=r"101 images of s for one shard cannot be read, and \d+ can"):
             go(source, tmp_path / "out")
     gone[0] = False
     go(source, tmp_path / "out")

@@ -16,7 +16,7 @@ from nnclr.data.ahead import ahead
 from nnclr.data.decode import FORMATS, BadImage, decode
 from nnclr.data.images import Source, safe, shown
 from nnclr.data.loader import check_bad
-from nnclr.data.shards import indexed_shards
+from nnclr.data.shards import indexed_files
 from nnclr.data.source import open_source
 from nnclr.data.storage import sha256_of
 from nnclr.errors import DataError, InputError
@@ -103,6 +103,8 @@ def _look(source: Source, i: int) -> _Look | str:
         height, width = decode(content).shape[:2]
     except BadImage as error:
         return safe(error)
+    except DataError as error:  # of a remote shard: the others are to be looked at, too
+        return f"unreadable: {safe(error)}"
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return _Look(width, height, image.mode, image.format or "", _digest(content))
 
@@ -114,13 +116,13 @@ def _digest(content: bytes) -> bytes:
 def _damaged_shards(data: str, say: Callable[[str], None]) -> list[str]:
     """What is wrong with which shard, by its SHA-256."""
     damaged = []
-    shards = indexed_shards(data)
-    for number, shard in enumerate(shards):
+    shards = indexed_files(data)
+    for number, file in enumerate(shards):
         try:
-            if sha256_of(shard.file) != shard.file.sha256:
-                damaged.append(f"{shard.file.name}: its SHA-256 is not that of the index")
+            if sha256_of(file) != file.sha256:
+                damaged.append(f"{file.name}: its SHA-256 is not that of the index")
         except OSError as error:
-            damaged.append(f"{shard.file.name}: {error.strerror or error}")
+            damaged.append(f"{file.name}: {error.strerror or error}")
         if number % 100 == 99:
             say(f"checking shards: {number + 1} of {len(shards)}")
     return damaged
@@ -247,7 +249,7 @@ def _label_lines(labels: dict[str, Any] | None) -> Iterator[str]:
     if share < _SORTED:
         yield (
             f"              the shards are sorted: one holds {100 * share:.0f} % of the classes that chance would give "
-            "it; nnclr pack shuffles them"
+            "it; nnclr pack mixes 8 GiB of them at a time"
         )
 
 

@@ -1,6 +1,7 @@
 """`nnclr pack`: images in WebDataset tar shards with an index, written so that a kill costs one shard.
 
-The images are shuffled once, by their number, so that each shard is a fair sample. A finished shard has a record in
+The images are shuffled once, by their number: all of them, or where they come in shards those of as many as are mixed
+in training, too. A finished shard has a record in
 `.pack/` beside it; a start goes on behind the last of these, and the folder is that of one uninterrupted go, byte for
 byte. The index appears last: without it there is no data set.
 """
@@ -9,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import zlib
@@ -69,7 +71,7 @@ def pack(
 
     Raises:
         InputError: if an argument is wrong, no image can be read, or the folder holds something else.
-        DataError: if most images of a shard cannot be read.
+        DataError: if more than 100 images for a shard cannot be read, and fewer can.
         FolderInUseError: if another process writes there.
         StorageError: if the disk is full or read-only; finished shards stay.
         Stopped: after SIGINT or SIGTERM; finished shards stay.
@@ -140,10 +142,10 @@ def _is_done(out: Path, facts: dict[str, Any], say: Callable[[str], None]) -> bo
         index = json.loads((out / INDEX).read_bytes())
         known = index["made_from"] if index["kind"] == KIND else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        if any(out.iterdir()) and not (out / UNFINISHED).is_dir():
+        if any(out.iterdir()) and not _is_begun(out):
             raise InputError(f"{shown(out)} is not empty and holds no shards; choose a new folder") from None
         return False
-    if known != facts:
+    if _differing(known, facts):
         raise InputError(f"{shown(out)} holds shards of {_differing(known, facts)}; choose a new folder, or delete it")
     if missing := [e["file"] for e in index["shards"] if not _has(out / e["file"], e["bytes"])]:
         raise InputError(
@@ -154,9 +156,32 @@ def _is_done(out: Path, facts: dict[str, Any], say: Callable[[str], None]) -> bo
     return True
 
 
+def _is_begun(out: Path) -> bool:
+    """Whether a folder is one that was begun here: nothing of anybody else's may be written over or removed."""
+    folder = out / UNFINISHED
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if _facts(folder) is not None:
+        return True
+    own = re.compile(r"\.lock|facts\.json|\d{6}\.json|\.tmp-.*\.json-\d+")
+    return list(out.iterdir()) == [folder] and all(own.fullmatch(file.name) for file in folder.iterdir())
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    """What the unfinished shards are of; None where that cannot be read."""
+    try:
+        known = json.loads((folder / "facts.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return known if isinstance(known, dict) and "data_fingerprint" in known else None
+
+
 def _differing(known: Any, facts: dict[str, Any]) -> str:
-    names = [name for name in facts if not isinstance(known, dict) or known.get(name) != facts[name]]
-    return f"something else (other {', '.join(name.replace('_', ' ') for name in names)})"
+    """In what two differ; empty for nothing. Where the data lie is no matter."""
+    if not isinstance(known, dict):
+        return "something else"
+    names = [name for name in facts if name != "data" and known.get(name) != facts[name]]
+    return f"something else (other {', '.join(name.replace('_', ' ') for name in names)})" if names else ""
 
 
 def _has(path: Path, size: int) -> bool:
@@ -165,13 +190,11 @@ def _has(path: Path, size: int) -> bool:
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
     """Write into the folder of records what they are of, or refuse if they are another's."""
-    try:
-        known = json.loads((folder / "facts.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        for file in folder.glob("*.json"):  # whose they are is not known
+    known = _facts(folder)
+    if known is None:
+        for file in folder.glob("*.json"):  # of which images they are is not known
             file.unlink()
-        known = facts
-    if known != facts:
+    elif _differing(known, facts):
         raise InputError(
             f"{shown(folder.parent)} holds unfinished shards of {_differing(known, facts)}; finish them with the "
             "command they were begun with, choose a new folder, or delete it"
@@ -346,11 +369,12 @@ class _Packer:
         return record
 
     def _refuse_lost(self, shard: _Shard) -> None:
-        """A few bad images are listed; more bad than good ones mean that the data is gone."""
+        """A hundred bad images are listed; more, if they are more than the good ones, mean that the data is gone."""
         if len(shard.bad) > max(_FEW, len(shard.rows)):
             _, image, reason = shard.bad[0]
             raise DataError(
-                f"{len(shard.bad)} images of {self.source.name} in a row cannot be read, more than can; the first is "
+                f"{len(shard.bad)} images of {self.source.name} for one shard cannot be read, and "
+                f"{len(shard.rows)} can; the first is "
                 f"{image} ({reason}): bring the images back and run the same command again"
             )
 

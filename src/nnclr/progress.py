@@ -1,5 +1,6 @@
 """What a person sees of a long run: one line now and then, and a live bar on a terminal."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+SLOW_DATA = 0.2  # share of the step time spent waiting for batches above which it is said
 _EVERY = 10.0  # seconds between two lines
 
 
@@ -84,10 +86,10 @@ class Lines:
 
 
 class Window:
-    """Time since the last log line, without evaluations and checkpoints."""
+    """Time since the last log line; evaluations and checkpoints are counted apart."""
 
     def __init__(self) -> None:
-        self.began, self.steps, self.data = time.perf_counter(), 0, 0.0
+        self.began, self.steps, self.data, self.aside = time.perf_counter(), 0, 0.0, 0.0
 
     def add(self, data_seconds: float) -> None:
         """Count a step that waited so long for its batch."""
@@ -95,8 +97,9 @@ class Window:
         self.data += data_seconds
 
     def exclude(self, seconds: float) -> None:
-        """Take time out of the window."""
+        """Take time out of the window, and count it apart."""
         self.began += seconds
+        self.aside += seconds
 
     def seconds(self) -> float:
         """Length of the window."""
@@ -110,6 +113,27 @@ class Window:
         """Share of the window spent waiting for batches, in [0, 1]."""
         return min(self.data / self.seconds(), 1.0)
 
+    def aside_share(self) -> float:
+        """Share of all time that evaluations and checkpoints took, in [0, 1]."""
+        return self.aside / (self.aside + self.seconds())
+
+
+def slow_data(share: float, workers: int, cores: int) -> str | None:
+    """What to do where steps wait for batches; None where they do not.
+
+    Args:
+        share: of the step time spent waiting, in [0, 1].
+        workers: decoding threads.
+        cores: of the machine, for this process.
+    """
+    if share <= SLOW_DATA:
+        return None
+    text = f"data: {100 * share:.0f} % of step time with {workers} worker{'' if workers == 1 else 's'}"
+    if workers < cores:
+        enough = math.ceil(max(workers, 1) / (1 - min(share, 0.9))) + 1
+        return f"{text}; try --num-workers {min(enough, cores)}"
+    return f"{text}, as many as cores; decoding is the limit: smaller files by `nnclr pack`, or more cores"
+
 
 def metrics_line(step: int, total: int, values: dict[str, Any], seconds_left: float) -> str:
     """One line a person can read: loss beside its chance level, neighbour health, rate and time left."""
@@ -121,6 +145,6 @@ def metrics_line(step: int, total: int, values: dict[str, Any], seconds_left: fl
         parts.append(f"neighbour similarity {values['neighbour_similarity']:.2f}")
     parts += [f"std {values['embedding_std']:.2f}", f"lr {values['learning_rate']:.3g}"]
     parts += [f"{values['images_per_second']:.0f} img/s", f"{duration(seconds_left)} left"]
-    if values["data_share"] > 0.25:
+    if values["data_share"] > SLOW_DATA:
         parts.append(f"data: {100 * values['data_share']:.0f} % of step time")
     return "  ".join(parts)

@@ -257,7 +257,7 @@ def _lines(record: Record) -> list[tuple[str, str, str, list[Line]]]:
     knn = record.knn
     band = [(e["step"], 100 * e["interval"][0], 100 * e["interval"][1]) for e in knn if e["interval"]]
     accuracy = Line([(e["step"], 100 * e["value"]) for e in knn], band=band, marked=len(knn) < 60)
-    waiting, working = _step_times(record)
+    waiting, working, aside = _step_times(record)
     loss = [Line(of("loss"), "loss"), Line(of("loss_chance"), "guessing", "reference")]
     whose = [
         Line(shares("neighbour_purity"), "with the query's label"),
@@ -265,6 +265,7 @@ def _lines(record: Record) -> list[tuple[str, str, str, list[Line]]]:
     ]
     spread = [Line(of("alignment"), "alignment"), Line(of("uniformity"), "uniformity", "second")]
     times = [Line(working, "computing"), Line(waiting, "waiting for images", "second")]
+    times += [Line(aside, "evaluating and saving", "reference")]
     return [
         ("Loss", "", "Below the level of guessing it has learned something.", loss),
         ("kNN accuracy", "%", "With its 95 % interval; step 0 is the untrained network.", [accuracy]),
@@ -278,19 +279,21 @@ def _lines(record: Record) -> list[tuple[str, str, str, list[Line]]]:
         ("Learning rate", "", "As the optimiser used it.", [Line(of("learning_rate"))]),
         ("Gradient norm", "", "Before clipping.", [Line(of("grad_norm"))]),
         ("Images per second", "", "Without evaluations and checkpoints.", [Line(of("images_per_second"))]),
-        ("Step time", "ms", "What a step waits for, and how long it works.", times),
+        ("Step time", "ms", "What a step waits for, how long it works, and what comes on top of it.", times),
     ]
 
 
-def _step_times(record: Record) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(step, milliseconds) that a step waited for images, and that it worked."""
-    waiting, working, batch_size = [], [], record.setting("batch_size")
+def _step_times(record: Record) -> tuple[list[tuple[int, float]], ...]:
+    """(step, milliseconds a step) waiting for images, working, and for evaluations and checkpoints."""
+    waiting, working, aside, batch_size = [], [], [], record.setting("batch_size")
     for line in record.metrics:
         if line.get("images_per_second", 0) > 0 and "data_share" in line and batch_size > 0:
-            whole = 1000 * batch_size / line["images_per_second"]
-            waiting.append((int(line["step"]), whole * line["data_share"]))
-            working.append((int(line["step"]), whole * (1 - line["data_share"])))
-    return waiting, working
+            whole, step = 1000 * batch_size / line["images_per_second"], int(line["step"])
+            waiting.append((step, whole * line["data_share"]))
+            working.append((step, whole * (1 - line["data_share"])))
+            share = min(line.get("aside_share", 0.0), 0.99)
+            aside.append((step, whole * share / (1 - share)))
+    return waiting, working, aside
 
 
 def _map(record: Record, with_map: bool, say: Callable[[str], None] | None) -> str:

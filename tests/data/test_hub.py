@@ -156,3 +156,71 @@ def test_libraries_that_are_missing_or_old(monkeypatch):
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
     with pytest.raises(InputError, match="datasets 4 or newer is needed"):
         open_source("hf:x")
+
+
+@pytest.mark.parametrize("name", ["{}-00000-of-00001", "{}/0000", "cifar_{}", "plain/{}-00000-of-00001"])
+def test_a_split_that_a_folder_of_parquet_files_lacks(tmp_path, name):
+    """All files instead of it would be the images that were trained on."""
+    for split, some in (("train", range(12)), ("test", range(3))):
+        path = tmp_path / f"x/{name.format(split)}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows().select(some).to_parquet(path)
+    assert len(open_source(f"hf:{tmp_path}/x?split=test")) == 3
+    with pytest.raises(InputError, match="x has no split 'validation'; it has test, train"):
+        open_source(f"hf:{tmp_path}/x?split=validation")
+    with pytest.raises(InputError, match="config= chooses among those of a data set on the hub"):
+        open_source(f"hf:{tmp_path}/x?config=plain")
+
+
+def test_a_folder_of_parquet_files_without_splits(tmp_path):
+    (tmp_path / "test").mkdir()  # a name above the folder is none of a split
+    rows().to_parquet(tmp_path / "test/pictures.parquet")
+    assert len(open_source(f"hf:{tmp_path}/test?split=validation")) == 12
+
+
+@pytest.mark.parametrize("form", ["pandas", "arrow", "numpy", "columns"])
+def test_a_format_that_was_saved(tmp_path, monkeypatch, form):
+    made = rows()
+    made.set_format(**({"columns": ["label"]} if form == "columns" else {"type": form}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    source = open_source("hf:some/set")
+    np.testing.assert_array_equal(source.read(3), PICTURES[3])
+    assert source.labels.tolist() == [0, 1] * 6
+
+
+def test_an_empty_set(tmp_path, monkeypatch):
+    rows().select([]).save_to_disk(tmp_path / "x")
+    with pytest.raises(InputError, match="x cannot be opened: it, or one of its splits, has no rows"):
+        open_source(f"hf:{tmp_path}/x")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows().select([]))
+    with pytest.raises(InputError, match="holds no images: it has no rows"):
+        open_source("hf:some/set")
+
+
+def test_named_files_in_each_cache_and_in_the_fingerprint(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    for place, target, name in (
+        ("home", datasets.config, "HF_CACHE_HOME"),
+        ("sets", datasets.config, "HF_DATASETS_CACHE"),
+        ("hub", constants, "HF_HUB_CACHE"),
+    ):
+        (tmp_path / place).mkdir()
+        Image.fromarray(PICTURES[0]).save(tmp_path / place / "0.png")
+        Image.fromarray(PICTURES[1]).save(tmp_path / place / "1.png")
+        monkeypatch.setattr(target, name, str(tmp_path / place))
+
+    def opened(*names):
+        made = datasets.Dataset.from_dict(
+            {"image": [str(tmp_path / n) for n in names]}, features=datasets.Features({"image": datasets.Image()})
+        )
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+        return open_source("hf:some/set")
+
+    source = opened("home/0.png", "sets/1.png", "hub/0.png")
+    for i, picture in enumerate((0, 1, 0)):
+        np.testing.assert_array_equal(source.read(i), PICTURES[picture])
+    assert opened("hub/0.png", "hub/1.png", "hub/0.png").fingerprint == source.fingerprint
+    assert opened("home/1.png", "sets/1.png", "hub/0.png").fingerprint != source.fingerprint
+    (tmp_path / "hub/0.png").write_bytes(b"another")
+    assert opened("home/0.png", "sets/1.png", "hub/0.png").fingerprint != source.fingerprint

@@ -113,7 +113,7 @@ def test_memory_holds_some_row_groups(folder, monkeypatch):
     reads.clear()
     for i in np.random.default_rng(0).permutation(60).tolist():  # the control: any order
         source.content(i)
-    assert len(reads) > 2.5 * 16
+    assert len(reads) > 2.2 * 16
 
 
 def test_files_that_change_or_vanish(folder):
@@ -142,3 +142,71 @@ def test_files_that_do_not_fit_each_other(folder):
         open_source(folder)
     with pytest.raises(InputError, match=r"x.parquet: column 'image' holds int64, not image bytes"):
         open_source(f"{folder}/*.parquet?label=")
+
+
+def test_small_columns_of_different_types(folder):
+    for kind, labels in ((pa.int32(), [7, 8]), (pa.int64(), [7, 8])):
+        made = pa.table({"image": [{"bytes": png(i)} for i in (0, 1)], "label": pa.array(labels, kind)})
+        pq.write_table(made, folder / "x.parquet")
+        source = open_source(folder)
+        assert source.labels.tolist()[-2:] == [7, 8]
+        assert source.content(61) == png(1)
+    pq.write_table(pa.table({"image": [{"bytes": png(0)}], "label": ["dog"]}), folder / "x.parquet")
+    with pytest.raises(InputError, match=r"a column of .* is not of one kind in all files"):
+        open_source(folder)
+
+
+def test_rows_cannot_be_chosen_by_a_column_of_lists(folder):
+    for column in ([[1], [2]], [{"a": 1}, {"a": 2}]):
+        pq.write_table(pa.table({"image": [png(0), png(1)], "odd\x1b": column}), folder / "x.parquet")
+        with pytest.raises(InputError, match=r"column 'odd.x1b' holds .*, so no row can be chosen by it"):
+            open_source(f"{folder}/x.parquet?odd\x1b=1")
+
+
+def test_a_name_with_a_dot(folder, monkeypatch):
+    pq.write_table(
+        table(range(8)).rename_columns(["img.png", "label", "split"]), folder / "x.parquet", row_group_size=4
+    )
+    monkeypatch.setattr(parquet, "MOST_BYTES", 1)
+    source = open_source(f"{folder}/x.parquet?image=img.png")
+    assert source.window == 1  # without the sizes of its groups it would be all
+    assert [source.content(i) for i in range(8)] == [png(i) for i in range(8)]
+
+
+def test_equal_images_that_take_little_in_the_file(folder, monkeypatch):
+    """A dictionary holds the image once, and the memory would hold it 400 times."""
+    image = np.random.default_rng(0).bytes(50_000)
+    pq.write_table(pa.table({"image": [image] * 400}), folder / "x.parquet", row_group_size=200)
+    assert (folder / "x.parquet").stat().st_size < 10 * len(image)
+    monkeypatch.setattr(parquet, "MOST_BYTES", 15_000_000)
+    source = open_source(f"{folder}/x.parquet")
+    kept = next(cell.cell_contents for cell in source.content.__closure__ if hasattr(cell.cell_contents, "kept")).kept
+    assert [source.content(0), source.content(399)] == [image] * 2
+    assert list(kept) == [1]  # each has 10 MB
+    monkeypatch.setattr(parquet, "_MOST_GROUP", 5_000_000)
+    with pytest.raises(BadImage, match=r"too_large: its row group has more than 0.00466 GiB of images"):
+        open_source(f"{folder}/x.parquet").content(0)
+
+
+def test_remote_errors_that_pass(folder, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/set/x.parquet", (folder / "train-00000-of-00002.parquet").read_bytes())
+    real, failures = type(memory).cat_file, [RuntimeError("throttled")]
+
+    def cat_file(self, *arguments, **settings):
+        if failures:
+            raise failures.pop()
+        return real(self, *arguments, **settings)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    source = open_source("memory://set/x.parquet")
+    assert failures == []
+    failures += [RuntimeError("throttled")] * 2
+    assert source.content(9) == png(9)
+    failures += [RuntimeError("throttled")] * 3
+    with pytest.raises(BadImage, match="unreadable: throttled"):
+        source.content(29)
+    failures += [RuntimeError("throttled")] * 3
+    with pytest.raises(InputError, match=r"x.parquet is not a readable parquet file: throttled"):
+        open_source("memory://set/x.parquet")
+    memory.store.clear()

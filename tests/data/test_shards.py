@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 import zlib
 
@@ -20,7 +21,7 @@ from nnclr.data import shards
 from nnclr.data.augment import policy
 from nnclr.data.decode import BadImage, decode
 from nnclr.data.loader import Plan, StreamLoader, create_loader
-from nnclr.data.shards import indexed_shards
+from nnclr.data.shards import indexed_files
 from nnclr.data.source import open_source
 from nnclr.data.storage import cache_folder
 from nnclr.errors import DataError, InputError
@@ -300,8 +301,8 @@ def test_a_flipped_bit_costs_one_image_and_is_named(packed):
 
 
 def test_only_shards_of_an_index_have_hashes(packed, foreign):
-    assert len(indexed_shards(str(packed))) == len(indexed_shards(f"{packed}/*.tar")) == len(open_source(packed).blocks)
-    assert indexed_shards(f"{foreign}/*.tar") == indexed_shards(str(foreign)) == indexed_shards("demo-photos") == []
+    assert len(indexed_files(str(packed))) == len(indexed_files(f"{packed}/*.tar")) == len(open_source(packed).blocks)
+    assert indexed_files(f"{foreign}/*.tar") == indexed_files(str(foreign)) == indexed_files("demo-photos") == []
 
 
 # ---- object storage ----------------------------------------------------------------------------------------
@@ -368,3 +369,153 @@ def test_training_reads_few_shards_at_a_time(packed, monkeypatch):
     assert max(of_a_batch) <= 4  # two at a time, and a batch is longer than a shard
     monkeypatch.setattr(shards, "WINDOW_BYTES", 1 << 30)  # the control: all shards are mixed
     assert np.mean([len(set(of_shard[batch])) for batch in ids_of(open_source(packed), 0, 8)]) > 5
+
+
+# ---- indices that cannot be trusted ------------------------------------------------------------------------
+
+
+def test_packs_that_number_their_classes_differently(tmp_path):
+    for pack_name, classes in (("one", "ab"), ("two", "bc")):
+        for i in range(6):
+            folder = tmp_path / f"{pack_name} photos" / classes[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.png").write_bytes(png(i))
+        pack(tmp_path / f"{pack_name} photos", tmp_path / pack_name, say=lambda _: None)
+    source = open_source([tmp_path / "one", tmp_path / "two"])
+    assert source.class_names == ("a", "b", "c")
+    for i in range(12):
+        assert source.describe(i)[0] == "abc"[source.labels[i]]
+    (tmp_path / "two/index.json").unlink()
+    with pytest.raises(InputError, match=r"two/shard-000000.tar have no names, and those of other shards have"):
+        open_source([f"{tmp_path}/one/*.tar", f"{tmp_path}/two/*.tar"])
+
+
+@pytest.mark.parametrize("name", ["set{1,2}", "set{1..2}", "set[1]"])
+def test_a_folder_whose_name_looks_like_a_pattern(foreign, name):
+    folder = foreign.rename(foreign.parent / name)
+    source = open_source(folder)
+    assert len(source) == 30
+    assert source.name == f"{folder}/*.tar"
+
+
+def test_an_index_that_cannot_be_read_is_not_taken_for_none(packed, monkeypatch):
+    """Control: JSON of another kind is none, and the shards are read without it."""
+    path = packed / "index.json"
+    content = path.read_bytes()
+    for damaged in (content[:-20], b"", b"\xff" * 50):
+        path.write_bytes(damaged)
+        for data in (packed, f"{packed}/*.tar"):
+            with pytest.raises(InputError, match=r"index.json is damaged: it is no JSON"):
+                open_source(data)
+    for other in (b"[1, 2]", b'{"images": []}'):
+        path.write_bytes(other)
+        assert len(open_source(f"{packed}/*.tar")) == 60
+    monkeypatch.setattr(shards, "_MOST_INDEX", 1000)
+    path.write_bytes(b'{"images": []}' + b" " * 2000)
+    assert len(open_source(f"{packed}/*.tar")) == 60
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="an index has at most"):
+        open_source(packed)
+    monkeypatch.undo()
+    index = json.loads(content)
+    index["shards"] = "none"
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"index.json is damaged; restore it"):
+        open_source(packed)
+
+
+def test_a_remote_index_that_may_not_be_read(uploaded, monkeypatch):
+    real, error = type(uploaded).info, [PermissionError("403")]
+
+    def info(self, path, **settings):
+        if path.endswith("index.json"):
+            raise error[0]
+        return real(self, path, **settings)
+
+    monkeypatch.setattr(type(uploaded), "info", info)
+    absent, slow = "index.json cannot be read: 403; it is taken to be absent", "have no index: each is read through"
+    with pytest.warns(UserWarning, match=absent), pytest.warns(UserWarning, match=slow):
+        assert len(open_source("memory://bucket/packed/shard-000001.tar")) > 0
+    error[0] = TimeoutError("slow")
+    with pytest.raises(InputError, match=r"index.json cannot be read: slow"):
+        open_source("memory://bucket/packed/shard-000001.tar")
+
+
+def test_tables_are_not_kept_open(packed):
+    source = open_source(packed)
+    with open("/proc/self/maps") as maps:
+        assert "index.npy" not in maps.read()
+    targets = [
+        os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")
+    ]
+    assert not any("index.npy" in target for target in targets)
+    assert len(source) == 60
+
+
+def test_a_remote_table_that_was_repaired(uploaded, packed):
+    name = "/bucket/packed/shard-000001.index.npy"
+    right = uploaded.cat(name)
+    for wrong in (right[:-1] + b"x", right + bytes(1 << 20)):
+        uploaded.pipe(name, wrong)
+        with pytest.raises(InputError, match=r"shard-000001.index.npy is damaged"):
+            open_source("memory://bucket/packed")
+    uploaded.pipe(name, right)
+    near = open_source(packed)
+    assert open_source("memory://bucket/packed").fingerprint == near.fingerprint
+    for kept in cache_folder().glob("*.npy"):
+        kept.write_bytes(right[:100])  # cut in the cache
+    assert open_source("memory://bucket/packed").fingerprint == near.fingerprint
+    assert all(len(kept.read_bytes()) > 100 for kept in cache_folder().glob("*.npy"))
+
+
+def test_no_more_of_a_remote_table_is_fetched_than_it_can_have(uploaded, monkeypatch):
+    name, real, fetched = "/bucket/packed/shard-000001.index.npy", type(uploaded).cat_file, []
+    uploaded.pipe(name, bytes(1 << 20))
+
+    def cat_file(self, path, start=None, end=None):
+        fetched.append(end - start)
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(uploaded), "cat_file", cat_file)
+    with pytest.raises(InputError, match=r"shard-000001.index.npy is damaged"):
+        open_source("memory://bucket/packed")
+    assert max(fetched) < 100_000
+
+
+def test_an_unwritable_cache(uploaded, packed, tmp_path, monkeypatch):
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("NNCLR_CACHE", str(tmp_path / "a file"))
+    with pytest.warns(UserWarning, match=r"index.npy is not kept: .*a file/shards: Not a directory"):
+        far = open_source("memory://bucket/packed")
+    assert far.fingerprint == open_source(packed).fingerprint
+    assert far.content(33) == open_source(packed).content(33)
+
+
+def test_a_flipped_copy_costs_no_image(uploaded, packed):
+    near, far = open_source(packed), open_source("memory://bucket/packed")
+    n = far.blocks[0]
+    for _ in range(3):
+        for i in range(n):
+            far.content(i)
+    for _ in range(200):
+        if copies := list(cache_folder().glob("*.copy")):
+            break
+        time.sleep(0.01)
+    content = copies[0].read_bytes()
+    copies[0].write_bytes(bytes(byte ^ 1 for byte in content))
+    assert all(far.content(i) == near.content(i) for i in range(n))
+    assert not copies[0].exists() or copies[0].read_bytes() == content
+
+
+def test_a_damaged_table_of_the_cache_never_ends_the_run(foreign):
+    first = open_source(foreign)
+    (kept, *_) = cache_folder().iterdir()
+    content = bytearray(kept.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        while (place := content.find(mark, place + 1)) >= 0:
+            content[place + flags] |= 1  # says that it is encrypted
+    kept.write_bytes(content)
+    with pytest.raises(RuntimeError, match="encrypted"):
+        dict(np.load(kept))
+    assert open_source(foreign).fingerprint == first.fingerprint

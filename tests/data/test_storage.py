@@ -1,4 +1,5 @@
 import hashlib
+import os
 import sys
 import time
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from nnclr.data import storage
-from nnclr.data.storage import LocalFile, braces, cache_folder, files, in_passing, sha256_of
+from nnclr.data.storage import LocalFile, RemoteFile, braces, cache_folder, files, in_passing, sha256_of
 from nnclr.errors import DataError, InputError
 
 CONTENT = np.random.default_rng(0).bytes(5000)
@@ -199,3 +200,77 @@ def test_a_file_that_vanishes(tmp_path):
     (tmp_path / "x").unlink()
     with pytest.raises(FileNotFoundError):
         file.read(0, 1)
+
+
+def kept_copy(file):
+    for _ in range(10):
+        file.read(0, 9)
+    until(lambda: copies() == [".copy"] and not file._fetching)
+    return file._copy
+
+
+@pytest.mark.parametrize("key", ["blob_id", "xet_hash", "lfs", "last_commit", "Last-Modified", "Content-MD5", "ETag"])
+def test_whatever_a_storage_says_of_a_version_counts(remote, key):
+    memory, _ = remote
+    about = {"name": "/x", "type": "file", "size": 9, "url": "https://host/x?signed=1", key: "one"}
+    same = {"name": "x", "type": "other", "url": "https://host/x?signed=2"}
+    stamp = RemoteFile(memory, "/x", about).stamp
+    assert RemoteFile(memory, "/x", about | same).stamp == stamp
+    assert RemoteFile(memory, "/x", about | {key: "two"}).stamp != stamp
+
+
+def test_a_cut_copy_is_fetched_again(remote):
+    _, fetched = remote
+    file = files("memory://bucket/x.tar")[0]
+    copy = kept_copy(file)
+    os.truncate(copy, 3000)
+    fetched.clear()
+    assert file.read(2990, 100) == CONTENT[2990:3090]
+    assert fetched == [(2990, 3090)]
+    assert copies() == []
+    assert kept_copy(file).read_bytes() == CONTENT
+
+
+def test_a_copy_that_cannot_be_touched_is_read(remote, monkeypatch):
+    _, fetched = remote
+    file = files("memory://bucket/x.tar")[0]
+    kept_copy(file)
+    monkeypatch.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    fetched.clear()
+    assert file.read(5, 9) == CONTENT[5:14]
+    assert fetched == []
+
+
+def test_a_fetch_that_fails_leaves_nothing_and_is_tried_again(remote, monkeypatch):
+    memory, _ = remote
+    monkeypatch.setattr(storage, "_PAUSE", 0.001)
+    file = files("memory://bucket/x.tar")[0]
+    real, broken = type(memory).cat_file, [True]
+
+    def cat_file(self, path, start=None, end=None):
+        if broken and start >= 1400:
+            raise TimeoutError("slow")
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    for _ in range(9):
+        file.read(0, 9)
+    until(lambda: not file._fetching)
+    assert copies() == []
+    broken.clear()
+    for _ in range(17):  # after twice as many
+        file.read(0, 9)
+    until(lambda: copies() == [".copy"])
+
+
+def test_a_server_that_ignores_ranges(remote, monkeypatch):
+    memory, _ = remote
+    monkeypatch.setattr(storage, "_PAUSE", 0.001)
+    file = files("memory://bucket/x.tar")[0]
+    sent = [CONTENT]
+    monkeypatch.setattr(type(memory), "cat_file", lambda *_, **__: sent[0])
+    assert file.read(7, 9) == CONTENT[7:16]
+    assert file.range(4990, 100) == CONTENT[4990:]
+    sent[0] = CONTENT[:100]
+    with pytest.raises(OSError, match="the storage sent 100 bytes for 9"):
+        file.read(7, 9)

@@ -255,3 +255,16 @@ def test_tables_that_are_none():
         wrong = np.zeros(1, table.dtype)
         wrong["offset"], wrong["size"] = offset, size
         assert not valid_table(wrong, 10**6, crc32=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b" " * (1 << 20) + b'{"label": 1}',
+        json.dumps({"label": "x" * 241}).encode(),
+        b'{"label": 1' + b"0" * 5000 + b"}",
+    ],
+)
+def test_a_json_that_is_no_label_is_none(content):
+    table, _ = scanned(archive(("a.jpg", b"1"), ("a.json", content), ("b.jpg", b"2"), ("b.json", b'{"label": 7}')))
+    assert table["label"].tolist() == [b"", b"7"]

@@ -28,7 +28,6 @@ SMALL_IMAGE = 64  # pixels; up to this size policies take their small-image form
 _ORDERS = np.array(list(permutations(range(4))))  # the 24 orders of brightness, contrast, saturation, hue
 _TRIES = 10  # of a crop box, as torchvision's RandomResizedCrop
 _GRAY = LUMA
-_IN_CACHE = 1 << 17  # numbers that are worked on at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -270,13 +269,10 @@ def color(images: Tensor, parameters: Parameters, view: View) -> Tensor:
         parameters: of the same n images.
         view: for the size of the blur and the threshold of solarise.
     """
-    at_once = max(1, _IN_CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
-    for start in range(0, len(images), at_once):
-        rows = slice(start, start + at_once)
-        if at_once == 1:
-            _color_one(images[start], parameters[rows], view)
-        else:
-            _color_batch(images[rows], parameters[rows], view)
+    if len(images) == 1 and images.device.type == "cpu":
+        _color_one(images[0], parameters, view)
+    else:
+        _color_batch(images, parameters, view)
     return images
 
 

@@ -10,6 +10,7 @@ import os
 import stat
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ _ORIENTATIONS = {  # of EXIF: whether rows and columns change places, then the d
     7: (True, -1, -1),
     8: (True, -1, 1),
 }
+_AS_IT_IS = (False, 1, 1)
 _TRIES, _PAUSE = 3, 0.05  # for errors of the storage, which may pass; seconds, doubled each time
 
 
@@ -71,7 +73,7 @@ def _read_once(path: str | bytes) -> bytes:
         return file.read()
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, reduction: Callable[[int, int], int] | None = None) -> np.ndarray:
     """The first frame of an image file as it is meant to be seen.
 
     EXIF orientation is applied; transparency is laid on white; CMYK, palettes and 1-bit become RGB; 16-bit
@@ -80,6 +82,8 @@ def decode(data: bytes) -> np.ndarray:
 
     Args:
         data: content of a JPEG, PNG, WebP, BMP, TIFF or GIF file.
+        reduction: height and width of the upright image -> 1, 2, 4 or 8, by which its sides are divided (rounded up).
+            It is asked before a JPEG is decoded, which then takes less time and memory; other formats ignore it.
 
     Returns:
         (h, w, 3) uint8.
@@ -94,7 +98,7 @@ def decode(data: bytes) -> np.ndarray:
         image = _open(data)
         try:
             if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-                pixels = _jpeg(data, image)
+                pixels = _jpeg(data, image, reduction)
                 if pixels is not None:
                     return pixels
             image.load()
@@ -118,21 +122,25 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+def _jpeg(data: bytes, image: Image.Image, reduction: Callable[[int, int], int] | None) -> np.ndarray | None:
     """The pixels that Pillow decodes, in half the time; None where anything is odd, for Pillow to judge."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != image.size:  # the limit of pixels was checked with Pillow's reading of the header
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data)
+        turned = _ORIENTATIONS.get(orientation, _AS_IT_IS)[0]
+        factor = 1 if reduction is None else reduction(*((width, height) if turned else (height, width)))
+        least = {} if factor == 1 else {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, min_factor=factor, **least)
     except ValueError:  # also for what libjpeg only warns of, such as a missing end
         return None
-    return _upright(pixels, image.getexif().get(ExifTags.Base.Orientation, 1))
+    return _upright(pixels, orientation)
 
 
 def _upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
     """Apply an EXIF orientation; one that is not defined leaves the image as it is."""
-    transposed, up, left = _ORIENTATIONS.get(orientation, (False, 1, 1))
+    transposed, up, left = _ORIENTATIONS.get(orientation, _AS_IT_IS)
     if transposed:
         pixels = pixels.transpose(1, 0, 2)
     return np.ascontiguousarray(pixels[::up, ::left])

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from nnclr.data.decode import BadImage, decode, read_file
 from nnclr.data.images import Source, safe, shown
 from nnclr.data.parquet import number_labels, parquet_source
 from nnclr.errors import InputError, first_line
+
+_SPLITS = frozenset("train training test testing val valid validation dev eval evaluation".split())  # usual names
 
 
 def hub_source(
@@ -26,7 +29,7 @@ def hub_source(
         split: which part; a folder without parts ignores it.
         image: column of images; default `image`, or the only one.
         label: column of labels; default `label`, or the only ClassLabel.
-        config: of a data set that comes in several.
+        config: of a data set on the hub that comes in several; a folder is one of them.
 
     Raises:
         InputError: if the library is not installed, the data set cannot be had, or a column is missing.
@@ -39,7 +42,11 @@ def hub_source(
         raise InputError(
             "datasets 4 or newer is needed: older ones may run code of a data set; pip install -U datasets"
         )
-    folder, title = Path(name), f"hf:{shown(name)}?split={split}"
+    folder, title = Path(name), f"hf:{shown(name)}?split={safe(split)}"
+    if folder.is_dir() and config is not None:
+        raise InputError(
+            f"{title}: config= chooses among those of a data set on the hub; name the folder of it instead"
+        )
     if folder.is_dir() and not any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         found = sorted(str(path) for path in folder.rglob("*.parquet"))
         query = {key: value for key, value in (("image", image), ("label", label)) if value is not None}
@@ -50,43 +57,76 @@ def hub_source(
         raise InputError(_reason(f"hf:{shown(name)}", error)) from error
     if isinstance(data, dict):
         if split not in data:
-            raise InputError(f"hf:{shown(name)} has no split '{split}'; it has {', '.join(data)}")
+            raise InputError(f"hf:{shown(name)} has no split '{safe(split)}'; it has {safe(', '.join(data))}")
         data = data[split]
-    return _source(data, title, image, label, folder if folder.is_dir() else Path(datasets.config.HF_CACHE_HOME))
+    return _source(data, title, image, label, [folder] if folder.is_dir() else _cache_folders())
+
+
+def _cache_folders() -> list[Path]:
+    """Where the library keeps its files."""
+    import datasets
+    from huggingface_hub import constants
+
+    own = datasets.config
+    return [Path(own.HF_CACHE_HOME), Path(own.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
 
 
 def _of_split(found: Sequence[str], split: str, folder: Path) -> list[str]:
-    """The files of a split, by name: `train-00000-of-00010.parquet` or `train/0000.parquet`, else all of them."""
+    """The files of a split, by name: `train-00000-of-00010.parquet` or `train/0000.parquet`.
+
+    All of them where no name looks like that of a split.
+
+    Raises:
+        InputError: if there are others, but not this one: to measure on what was trained on would not be noticed.
+    """
     if not found:
         raise InputError(f"{shown(folder)} holds neither a data set of save_to_disk nor parquet files")
     parts = [os.path.relpath(path, folder).replace(os.sep, "/") for path in found]
     chosen = [
         path
         for path, part in zip(found, parts, strict=True)
-        if split in part.split("/")[:-1] or part.rpartition("/")[2].removesuffix(".parquet").partition("-")[0] == split
+        if split in part.split("/")[:-1]
+        or part.rpartition("/")[2].removesuffix(".parquet").partition("-")[0] == split
+        or split in _splits(part)
     ]
+    others = sorted(set().union(*map(_splits, parts)))
+    if not chosen and others:
+        raise InputError(f"hf:{shown(folder)} has no split '{safe(split)}'; it has {safe(', '.join(others))}")
     return chosen or list(found)
+
+
+def _splits(part: str) -> set[str]:
+    """What looks like the name of a split in the path of a file."""
+    *folders, file = part.removesuffix(".parquet").split("/")
+    words = {word for name in (*folders, file) for word in re.split(r"[^A-Za-z0-9]+", name) if word.lower() in _SPLITS}
+    numbered = re.fullmatch(r"(.+?)-\d+-of-\d+", file)
+    return words or ({numbered[1]} if numbered else set())
 
 
 def _reason(name: str, error: Exception) -> str:
     kind, text = type(error).__name__, first_line(error)
+    if isinstance(error, IndexError):  # what the library says of a saved set without rows
+        return f"{name} cannot be opened: it, or one of its splits, has no rows"
     if "Offline" in kind or "Connection" in kind or isinstance(error, (ConnectionError, TimeoutError)):
         return f"{name} is neither a folder nor in the cache, and the hub cannot be reached ({text})"
     return f"{name} cannot be opened: {text}"
 
 
-def _source(data: Any, name: str, image: str | None, label: str | None, below: Path) -> Source:
+def _source(data: Any, name: str, image: str | None, label: str | None, below: Sequence[Path]) -> Source:
     import datasets
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if len(data) == 0:
+        raise InputError(f"{name} holds no images: it has no rows")
+    data = data.with_format(None)  # one that it was saved with hides columns, or gives other types
     image = _column(data, image, "image", datasets.Image, name)
     if image is None:
-        raise InputError(f"{name} has no column of images; it has {', '.join(data.column_names)}")
+        raise InputError(f"{name} has no column of images; it has {safe(', '.join(data.column_names))}")
     if isinstance(data.features[image], datasets.Image):
         data = data.cast_column(image, datasets.Image(decode=False))
     elif data.features[image] != datasets.Value("binary"):
-        raise InputError(f"{name}: column '{image}' holds {data.features[image]}, not images")
+        raise InputError(f"{name}: column '{safe(image)}' holds {safe(data.features[image])}, not images")
     pictures = data.select_columns([image])
     digest, paths = hashlib.sha256(), []
     for table in pictures.with_format("arrow").iter(batch_size=1000):
@@ -94,6 +134,10 @@ def _source(data: Any, name: str, image: str | None, label: str | None, below: P
         if pa.types.is_struct(column.type):
             paths.append(pc.struct_field(column, "path"))
             column = pc.struct_field(column, "bytes")
+            for path in paths[-1].filter(column.is_null()).to_pylist():  # a file that is only named
+                own = None if path is None else _own_file(path, below)
+                size = -1 if own is None else os.path.getsize(own)
+                digest.update(f"{os.path.basename(path or '')} {size}\n".encode("utf-8", "backslashreplace"))
         digest.update(pc.binary_length(column).fill_null(-1).to_numpy().astype("<i8").tobytes())
     names = pa.chunked_array([part for column in paths for part in column.chunks], pa.string())
     labels, class_names = _labels(data, _column(data, label, "label", datasets.ClassLabel, name), name)
@@ -115,7 +159,7 @@ def _column(data: Any, asked: str | None, usual: str, kind: type, name: str) -> 
     """The column that is asked for, or the usual one, or the only one of its kind; None where there is none."""
     if asked:
         if asked not in data.column_names:
-            raise InputError(f"{name} has no column '{asked}'; it has {', '.join(data.column_names)}")
+            raise InputError(f"{name} has no column '{safe(asked)}'; it has {safe(', '.join(data.column_names))}")
         return asked
     if asked is None and usual in data.column_names:
         return usual
@@ -133,7 +177,14 @@ def _labels(data: Any, column: str | None, name: str) -> tuple[np.ndarray | None
     return number_labels(values, name, column, None if known is None else tuple(map(safe, known)))
 
 
-def _content(stored: Any, below: Path) -> bytes:
+def _own_file(path: str, below: Sequence[Path]) -> str | None:
+    """The real path of a file that lies in one of these folders, or None."""
+    real = os.path.realpath(path)
+    inside = any(os.path.commonpath([real, root]) == root for root in map(os.path.realpath, below))
+    return real if inside and os.path.isfile(real) else None
+
+
+def _content(stored: Any, below: Sequence[Path]) -> bytes:
     """The bytes of an image; a file that is only named is read if it lies where the data set does."""
     if isinstance(stored, bytes):
         return stored
@@ -143,7 +194,7 @@ def _content(stored: Any, below: Path) -> bytes:
     path = None if stored is None else stored["path"]
     if path is None:
         raise BadImage("unreadable", "no bytes in this row")
-    real, root = os.path.realpath(path), os.path.realpath(below)
-    if os.path.commonpath([real, root]) != root or not os.path.isfile(real):
+    own = _own_file(path, below)
+    if own is None:
         raise BadImage("unreadable", f"{safe(path)} is not stored with the data set")
-    return read_file(real)
+    return read_file(own)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnclr.data.decode import decode
 from nnclr.errors import InputError
 
 
@@ -54,13 +55,19 @@ class Source:
     def __len__(self) -> int:
         return self.length
 
-    def read(self, i: int) -> np.ndarray:
+    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> np.ndarray:
         """Image i as (h, w, 3) uint8 RGB.
+
+        Args:
+            i: from 0.
+            reduction: see `decode`.
 
         Raises:
             BadImage: if it cannot be used.
         """
-        return self.fetch(i)
+        if reduction is None or self.content is None:
+            return self.fetch(i)
+        return decode(self.content(i), reduction)
 
     def describe(self, i: int) -> str:
         """Path or name of image i, with everything escaped that could harm a terminal."""
@@ -68,7 +75,7 @@ class Source:
 
     def subset(self, indices: np.ndarray) -> "Source":
         """The images with these indices, in this order, as a source of its own."""
-        chosen = np.asarray(indices, np.int64)
+        chosen, content = np.asarray(indices, np.int64), self.content
         digest = hashlib.sha256(self.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest()
         return Source(
             self.name,
@@ -80,6 +87,7 @@ class Source:
             self.class_names,
             multilabels=None if self.multilabels is None else self.multilabels[chosen],
             revision=self.revision,
+            content=None if content is None else lambda i: content(int(chosen[i])),
         )
 
 
@@ -89,7 +97,7 @@ def joined(first: Source, second: Source) -> Source:
     def both(one: np.ndarray | None, two: np.ndarray | None) -> np.ndarray | None:
         return None if one is None or two is None else np.concatenate([one, two])
 
-    n = len(first)
+    n, ours, theirs = len(first), first.content, second.content
     return Source(
         first.name,
         n + len(second),
@@ -100,6 +108,7 @@ def joined(first: Source, second: Source) -> Source:
         first.class_names,
         multilabels=both(first.multilabels, second.multilabels),
         revision=first.revision + second.revision,
+        content=None if ours is None or theirs is None else lambda i: ours(i) if i < n else theirs(i - n),
     )
 
 
@@ -136,7 +145,9 @@ def array_source(
             raise InputError(f"labels must be {len(pixels)} whole numbers from 0, one an image")
         checked = checked.astype(np.int64)
         names = tuple(class_names or (str(i) for i in range(int(checked.max()) + 1)))
-    digest = hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes())
+    digest = hashlib.sha256(str(pixels.shape).encode())
+    for image in pixels:  # one at a time: the array may be a file that is larger than memory
+        digest.update(np.ascontiguousarray(image).data)
     digest.update(b"" if checked is None else checked.tobytes())
 
     def fetch(i: int) -> np.ndarray:

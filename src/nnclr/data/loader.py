@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -172,9 +172,11 @@ def check_bad(bad: dict[int, str], source: Source) -> None:
         )
 
 
-def _read(source: Source, i: int, bad: dict[int, str]) -> np.ndarray | None:
+def _read(
+    source: Source, i: int, bad: dict[int, str], reduction: Callable[[int, int], int] | None = None
+) -> np.ndarray | None:
     try:
-        return source.read(i)
+        return source.read(i, reduction)
     except BadImage as error:
         bad[i] = str(error)
         return None
@@ -225,6 +227,22 @@ class _Work:
     buffers: list[Tensor]  # a view: (B, 3, s, s)
 
 
+class _Image(NamedTuple):
+    """A decoded image, whose sides may be a half, a quarter or an eighth of what they are in the file."""
+
+    pixels: np.ndarray  # (h, w, 3) uint8
+    size: tuple[int, int]  # height and width in the file, which boxes are drawn for
+    reduction: int
+
+    def crop(self, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
+        """`crop_image` of a box in the file's pixels."""
+        if self.reduction > 1:
+            first, end = np.round(box[:2] / self.reduction), np.round((box[:2] + box[2:]) / self.reduction)
+            end = np.minimum(end, self.pixels.shape[:2])
+            box = np.concatenate([first, end - first]).astype(np.int64)
+        return crop_image(self.pixels, box, flip, size)
+
+
 class StreamLoader:
     """Images of any size, decoded once and cut for all views by threads.
 
@@ -235,7 +253,8 @@ class StreamLoader:
         source: where the images come from.
         plan: order and augmentation.
         device: where the views are wanted.
-        num_workers: threads (what takes time runs outside the interpreter lock); 0 does all in the caller.
+        num_workers: threads (what takes time runs outside the interpreter lock); 0 for one that only works while
+            the caller waits.
     """
 
     def __init__(self, source: Source, plan: Plan, device: torch.device, num_workers: int) -> None:
@@ -245,21 +264,15 @@ class StreamLoader:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """See `Loader.batches`."""
-        if self.num_workers == 0:
-            for step, ids in self.plan.orders(start, stop):
-                began = time.perf_counter()
-                work = self._begin(step, ids)
-                self._fill(work, range(len(ids)))
-                yield self._finish(work, began)
-            return
-        pool = _one_thread_each(self.num_workers)
+        ahead = _AHEAD[self.device.type] if self.num_workers else 0
+        pool = _one_thread_each(max(self.num_workers, 1))
         try:
             waiting: deque[tuple[_Work, list[Future[None]]]] = deque()
             for step, ids in self.plan.orders(start, stop):
                 work = self._begin(step, ids)
                 parts = [range(row, min(row + _PART, len(ids))) for row in range(0, len(ids), _PART)]
                 waiting.append((work, [pool.submit(self._fill, work, part) for part in parts]))
-                if len(waiting) > _AHEAD[self.device.type]:
+                if len(waiting) > ahead:
                     yield self._wait(*waiting.popleft())
             while waiting:
                 yield self._wait(*waiting.popleft())
@@ -275,21 +288,21 @@ class StreamLoader:
 
     def _fill(self, work: _Work, rows: range) -> None:
         """Make some rows of every view."""
-        images: dict[int, np.ndarray] = {}
+        images: dict[int, _Image] = {}
         for row in rows:
-            work.ids[row], images[row] = self._image(work, row)
-            if row == rows[-1] or sum(image.nbytes for image in images.values()) > _TOGETHER:
+            images[row] = self._image(work, row)
+            if row == rows[-1] or sum(image.pixels.nbytes for image in images.values()) > _TOGETHER:
                 self._cut(work, images)
                 images = {}
 
-    def _cut(self, work: _Work, images: dict[int, np.ndarray]) -> None:
+    def _cut(self, work: _Work, images: dict[int, _Image]) -> None:
         """Make the rows of every view from their images, one kind of work after the other: its code is in the cache."""
         at = slice(min(images), max(images) + 1)
-        heights, widths = np.array([image.shape[:2] for image in images.values()]).T
+        heights, widths = np.array([image.size for image in images.values()]).T
         for view, (parameters, numbers), buffer in zip(self.plan.views, work.drawn, work.buffers, strict=True):
             parameters.boxes[at] = draw_boxes(view, numbers[at], heights, widths)
             cut = {
-                row: torch.from_numpy(crop_image(image, parameters.boxes[row], bool(parameters.flips[row]), view.size))
+                row: torch.from_numpy(image.crop(parameters.boxes[row], bool(parameters.flips[row]), view.size))
                 for row, image in images.items()
             }
             for row, crop in cut.items():
@@ -299,19 +312,45 @@ class StreamLoader:
                 else:
                     finish(crop[None], parameters[one], view, out=buffer[one])
 
-    def _image(self, work: _Work, row: int) -> tuple[int, np.ndarray]:
-        """The image of a row, or another one in its place, and its id."""
-        plan, planned, attempt = self.plan, int(work.ids[row]), 0
-        i = planned
-        while i in self.bad or (image := _read(self.source, i, self.bad)) is None:
+    def _image(self, work: _Work, row: int) -> _Image:
+        """The image of a row, or another one in its place."""
+        plan, one, attempt = self.plan, slice(row, row + 1), 0
+        while work.ids[row] in self.bad or (image := self._open(work, row)) is None:
             check_bad(dict(self.bad), self.source)
-            i = plan.replacement(work.step, row, attempt)
+            work.ids[row] = plan.replacement(work.step, row, attempt)
             attempt += 1
-        if i != planned:
-            one, ids = slice(row, row + 1), np.array([i])
             for index, (view, (parameters, numbers)) in enumerate(zip(plan.views, work.drawn, strict=True)):
-                parameters[one], numbers[one] = draw_operations(view, plan.seed, plan.epoch(work.step), ids, index)
-        return i, image
+                parameters[one], numbers[one] = draw_operations(
+                    view, plan.seed, plan.epoch(work.step), work.ids[one], index
+                )
+        return image
+
+    def _open(self, work: _Work, row: int) -> _Image | None:
+        size, factor = None, 1
+
+        def reduction(height: int, width: int) -> int:
+            nonlocal size, factor
+            size, factor = (height, width), self._reduction(work, row, height, width)
+            return factor
+
+        pixels = _read(self.source, int(work.ids[row]), self.bad, reduction)
+        if pixels is None:
+            return None
+        if size is None or pixels.shape[:2] == size:
+            return _Image(pixels, pixels.shape[:2], 1)
+        return _Image(pixels, size, factor)
+
+    def _reduction(self, work: _Work, row: int, height: int, width: int) -> int:
+        """How much smaller an image may be decoded, so that every crop still has at least the pixels of its view."""
+        views = self.plan.views
+        if min(height, width) < 2 * min(view.size for view in views):
+            return 1
+        boxes = [
+            draw_boxes(view, numbers[row : row + 1], height, width)[0]
+            for view, (_, numbers) in zip(views, work.drawn, strict=True)
+        ]
+        room = min(min(box[2:]) / view.size for view, box in zip(views, boxes, strict=True))
+        return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
 
     def _wait(self, work: _Work, parts: list[Future[None]]) -> Batch:
         began = time.perf_counter()
@@ -355,6 +394,7 @@ def _one_thread_each(workers: int) -> ThreadPoolExecutor:
     started = threading.Barrier(workers + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # or the first operation would take the number of threads from elsewhere
         torch.set_num_threads(1)
         started.wait()
 

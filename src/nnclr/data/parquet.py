@@ -16,6 +16,8 @@ from nnclr.data.storage import File, files, listed
 from nnclr.errors import InputError, first_line
 
 MOST_BYTES = 2 << 30  # of row groups in memory; those of half of it are shuffled together
+_MOST_GROUP = 4 << 30  # bytes of images in one; equal images may take little in the file and much here
+_ROWS = 32  # read at a time
 _MOST_CLASS = 1 << 20  # a larger number as a label is a name
 
 
@@ -28,15 +30,15 @@ class _Pictures:
     metadata: list[Any]  # of each file, as pyarrow gives it
     groups: list[tuple[int, int]] = field(default_factory=list)  # file and row group, in order
     rows: list[int] = field(default_factory=list)  # of each group
-    nbytes: list[int] = field(default_factory=list)  # of the column in each group, uncompressed
-    kept: OrderedDict[int, Any] = field(default_factory=OrderedDict)
+    nbytes: list[int] = field(default_factory=list)  # of the column in each group, as the file has it uncompressed
+    kept: OrderedDict[int, tuple[Any, int]] = field(default_factory=OrderedDict)  # images, and bytes of all of them
     lock: Any = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         for number, about in enumerate(self.metadata):
             for group in range(about.num_row_groups):
                 chunks = [about.row_group(group).column(i) for i in range(about.num_columns)]
-                own = [c for c in chunks if c.path_in_schema.partition(".")[0] == self.column]
+                own = [c for c in chunks if f"{c.path_in_schema}.".startswith(f"{self.column}.")]
                 self.groups.append((number, group))
                 self.rows.append(about.row_group(group).num_rows)
                 self.nbytes.append(sum(chunk.total_uncompressed_size for chunk in own))
@@ -45,34 +47,42 @@ class _Pictures:
         """The bytes of an image.
 
         Raises:
-            BadImage: if there are none, or the file cannot be read any more.
+            BadImage: if there are none, the file cannot be read any more, or its row group is too large for memory.
         """
         import pyarrow as pa
 
         with self.lock:
-            pictures = self.kept.get(group)
-            if pictures is None:
+            if group not in self.kept:
                 try:
-                    pictures = self.kept[group] = self._read(group)
+                    read = self._read(group)
                 except (pa.ArrowException, OSError) as error:
                     raise BadImage("unreadable", first_line(error)) from error
+                self.kept[group] = (read, read.nbytes)
             self.kept.move_to_end(group)
-            while len(self.kept) > 1 and sum(self.nbytes[i] for i in self.kept) > MOST_BYTES:
+            while len(self.kept) > 1 and sum(nbytes for _, nbytes in self.kept.values()) > MOST_BYTES:
                 self.kept.popitem(last=False)
+            pictures = self.kept[group][0]
         data: bytes | None = pictures[row].as_py()
         if data is None:
             raise BadImage("unreadable", "no bytes in this row")
         return data
 
     def _read(self, group: int) -> Any:
+        import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         number, inner = self.groups[group]
+        parts, total = [], 0
         with self.files[number].open() as opened:
             parquet = pq.ParquetFile(opened, metadata=self.metadata[number], pre_buffer=True)
-            column = parquet.read_row_group(inner, columns=[self.column], use_threads=False)[self.column]
-        return pc.struct_field(column, "bytes") if _is_struct(column.type) else column
+            for batch in parquet.iter_batches(_ROWS, row_groups=[inner], columns=[self.column], use_threads=False):
+                column = batch.column(self.column)
+                parts.append(pc.struct_field(column, "bytes") if _is_struct(column.type) else column)
+                total += parts[-1].nbytes
+                if total > _MOST_GROUP:
+                    raise BadImage("too_large", f"its row group has more than {_MOST_GROUP / 2**30:.3g} GiB of images")
+        return pa.chunked_array(parts)
 
 
 def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
@@ -108,12 +118,22 @@ def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
     kind = schema.field(image).type
     paths = f"{image}.path" if _is_struct(kind) and kind.get_field_index("path") >= 0 else None
     small = list(dict.fromkeys([*([label] if label else []), *filters, *([paths] if paths else [])]))
-    table = pa.concat_tables([_small_columns(*each, small) for each in zip(found, metadata, strict=True)])
+    tables = [_small_columns(*each, small) for each in zip(found, metadata, strict=True)]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"a column of {name} is not of one kind in all files: {safe(first_line(error))}") from error
     kept = np.ones(sum(pictures.rows), bool)
     for column, value in filters.items():
-        kept &= np.asarray(pc.equal(pc.cast(table[column], pa.string()), value).fill_null(False))
+        try:
+            kept &= np.asarray(pc.equal(pc.cast(table[column], pa.string()), value).fill_null(False))
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{name}: column '{safe(column)}' holds {safe(table[column].type)}, so no row can be chosen by it"
+            ) from error
     if not kept.any():
-        raise InputError(f"{name} has no row with {' and '.join(f'{c}={v}' for c, v in filters.items()) or 'images'}")
+        wanted = " and ".join(safe(f"{column}={value}") for column, value in filters.items())
+        raise InputError(f"{name} has no row with {wanted or 'images'}")
     groups = np.repeat(np.arange(len(pictures.rows)), pictures.rows)[kept]
     rows = np.concatenate([np.arange(n) for n in pictures.rows])[kept]
     names = pc.struct_field(table[image], "path").filter(pa.array(kept)) if paths else None
@@ -168,15 +188,17 @@ def _require(file: File, schema: Any, image: str, others: list[str]) -> None:
 
     for column in (image, *others):
         if column not in schema.names:
-            raise InputError(f"{file.name} has no column '{column}'; it has {', '.join(schema.names)}")
+            raise InputError(f"{file.name} has no column '{safe(column)}'; it has {safe(', '.join(schema.names))}")
     kind = schema.field(image).type
     if _is_struct(kind):
         fields = [kind.field(i).name for i in range(kind.num_fields)]
         if "bytes" not in fields:
-            raise InputError(f"{file.name}: column '{image}' is a struct without 'bytes'; it has {', '.join(fields)}")
+            raise InputError(
+                f"{file.name}: column '{safe(image)}' is a struct without 'bytes'; it has {safe(', '.join(fields))}"
+            )
         kind = kind.field("bytes").type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise InputError(f"{file.name}: column '{image}' holds {kind}, not image bytes")
+        raise InputError(f"{file.name}: column '{safe(image)}' holds {safe(kind)}, not image bytes")
 
 
 def _small_columns(file: File, metadata: Any, columns: list[str]) -> Any:
@@ -203,9 +225,12 @@ def _fingerprint(found: list[File], query: dict[str, str], labels: np.ndarray | 
     """Over the footers, which hold the sizes and extremes of all columns, wherever the files lie."""
     digest = hashlib.sha256(repr(sorted(query.items())).encode())
     for file in found:
-        end = file.read(file.size - 8, 8)
-        length = int.from_bytes(end[:4], "little")
-        digest.update(file.read(file.size - 8 - length, length))
+        try:
+            end = file.read(file.size - 8, 8)
+            length = int.from_bytes(end[:4], "little")
+            digest.update(file.read(file.size - 8 - length, length))
+        except OSError as error:
+            raise InputError(f"{file.name} cannot be read: {first_line(error)}") from error
     digest.update(b"" if labels is None else labels.tobytes())
     return digest.hexdigest()
 
@@ -223,7 +248,7 @@ def number_labels(
     import pyarrow as pa
 
     if column.null_count:
-        raise InputError(f"{where}: column '{title}' lacks a label in {column.null_count} rows")
+        raise InputError(f"{where}: column '{safe(title)}' lacks a label in {column.null_count} rows")
     if pa.types.is_integer(column.type):
         labels = column.to_numpy().astype(np.int64)
         if labels.min() >= 0 and labels.max() < (_MOST_CLASS if class_names is None else len(class_names)):

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,17 @@ import numpy as np
 
 from nnclr.data.decode import MAX_BYTES, BadImage, decode
 from nnclr.data.images import Source, printable, safe, shown
-from nnclr.data.storage import File, RemoteFile, cache_folder, files, in_passing, is_remote, listed
-from nnclr.data.tar_index import scan, valid_table
+from nnclr.data.storage import (
+    File,
+    NoSuchFileError,
+    RemoteFile,
+    cache_folder,
+    files,
+    in_passing,
+    is_remote,
+    listed,
+)
+from nnclr.data.tar_index import MOST_ROW, scan, valid_table
 from nnclr.errors import InputError
 
 INDEX, KIND, FORMAT = "index.json", "nnclr shards", 1
@@ -41,7 +51,8 @@ _ENTRY = {  # of a shard in the index; a name with a slash would lead out of the
     "index": r"[\w.-]+\.npy",
     "index_sha256": "[0-9a-f]{64}",
 }
-_MOST_INDEX = 1 << 28  # bytes of an index.json
+_MOST_INDEX = 1 << 25  # bytes of an index.json
+_MOST_HEADER = 1 << 12  # bytes of a table before its rows
 _MOST_CLASS = 1 << 20  # a larger number as a label is a name
 
 
@@ -74,7 +85,7 @@ def shard_source(texts: Sequence[str]) -> Source:
         InputError: if a shard is missing, damaged or not the one that its index describes, or there is no image.
     """
     name = listed(texts)
-    shards = [shard for text in texts for shard in find_shards(text)]
+    shards = _find_shards(texts)
     (often, times), *_ = Counter(shard.file.name for shard in shards).most_common(1)
     if times > 1:
         raise InputError(f"{often} is named {times} times")
@@ -124,6 +135,12 @@ def _content(shard: Shard, row: np.void) -> bytes:
         raise BadImage("unreadable", f"{shard.file.name}: {error.strerror or error}") from error
     if len(content) != size:
         raise BadImage("truncated", f"{shard.file.name} has become shorter")
+    if shard.indexed and zlib.crc32(content) != row["crc32"] and isinstance(shard.file, RemoteFile):
+        shard.file.drop_copy()
+        try:
+            content = shard.file.range(int(row["offset"]), size)
+        except OSError as error:
+            raise BadImage("unreadable", f"{shard.file.name}: {error.strerror or error}") from error
     if shard.indexed and zlib.crc32(content) != row["crc32"]:
         raise BadImage("unreadable", f"damaged since it was packed in {shard.file.name}")
     return content
@@ -144,8 +161,9 @@ def _labels(shards: list[Shard]) -> tuple[np.ndarray | None, tuple[str, ...] | N
     texts = [shard.table["label"] for shard in shards]
     if any((some == b"").any() for some in texts):
         return None, None
-    told = {shard.class_names for shard in shards}
-    known = told.pop() if len(told) == 1 else None
+    known = shards[0].class_names
+    if any(shard.class_names != known for shard in shards):
+        return _labels_by_name(shards)
     try:
         numbers = np.concatenate([some.astype(np.int64) for some in texts])
     except (ValueError, OverflowError):
@@ -156,38 +174,71 @@ def _labels(shards: list[Shard]) -> tuple[np.ndarray | None, tuple[str, ...] | N
     return labels.astype(np.int64), tuple(printable(name) for name in classes)
 
 
+def _labels_by_name(shards: list[Shard]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels of packs that number their classes differently, through the names of the classes."""
+    classes = sorted({name for shard in shards for name in shard.class_names or ()})
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = []
+    for shard in shards:
+        if shard.class_names is None:
+            raise InputError(
+                f"the classes of {shard.file.name} have no names, and those of other shards have, so they cannot be "
+                "told to be the same; pack its shards into a folder of their own first, which gives names to them"
+            )
+        own = np.array([numbers[name] for name in shard.class_names])
+        try:
+            labels.append(own[shard.table["label"].astype(np.uint64)])
+        except (ValueError, OverflowError, IndexError) as error:
+            raise InputError(f"{shard.file.name} has a label without a name in its {INDEX}; pack anew") from error
+    return np.concatenate(labels).astype(np.int64), tuple(classes)
+
+
 # ---- finding -----------------------------------------------------------------------------------------------
 
 
-def find_shards(text: str) -> list[Shard]:
-    """The shards that a path, an address or a pattern stands for, each with its table.
+def _find_shards(texts: Sequence[str]) -> list[Shard]:
+    """The shards that paths, addresses and patterns stand for, each with its table.
 
     Raises:
         InputError: if one is missing or damaged, or its size is not that of its index.
     """
-    if text.endswith(".tar"):
-        found = files(text)
-        indices = {folder: _read_index(folder) for folder in dict.fromkeys(map(_folder, found))}
-    else:
-        folder = text.rstrip("/")
-        index = _read_index(folder, needed=True)
-        assert index is not None
-        with ThreadPoolExecutor(8) as pool:
-            found = [some[0] for some in pool.map(lambda name: files(f"{folder}/{name}"), index.entries)]
-        indices = {_folder(file): index for file in found}
-    jobs = [(file, indices[_folder(file)]) for file in found]
+    jobs = _find_files(texts)
     bare = [file for file, index in jobs if index is None or _name(file) not in index.entries]
     if any(isinstance(file, RemoteFile) for file in bare):
-        warnings.warn(f"shards of {shown(text)} have no index: each is read through once to make one", stacklevel=2)
+        warnings.warn(f"shards of {listed(texts)} have no index: each is read through once to make one", stacklevel=2)
     with ThreadPoolExecutor(min(8, len(jobs))) as pool:
         return list(pool.map(lambda job: _open_shard(*job), jobs))
 
 
-def indexed_shards(data: str) -> list[Shard]:
+def _find_files(texts: Sequence[str]) -> "list[tuple[File, _Index | None]]":
+    """The files of shards, each with the index of its folder."""
+    found: list[File] = []
+    indices: dict[str, _Index | None] = {}
+    for text in texts:
+        if text.endswith(".tar"):
+            found += files(text)
+            continue
+        folder = text.rstrip("/")
+        index = _read_index(folder, needed=True)
+        assert index is not None
+        with ThreadPoolExecutor(8) as pool:
+            own = [some[0] for some in pool.map(lambda name, at=folder: files(f"{at}/{name}"), index.entries)]
+        found += own
+        indices |= {_folder(file): index for file in own}
+    for folder in dict.fromkeys(map(_folder, found)):
+        if folder not in indices:
+            indices[folder] = _read_index(folder)
+    return [(file, indices[_folder(file)]) for file in found]
+
+
+def indexed_files(data: str) -> list[File]:
     """Those shards of DATA, as `open_source` takes it, whose SHA-256 is known."""
     text = data.partition("?")[0]
-    shards = find_shards(text) if text.endswith(".tar") or is_shard_folder(text) else []
-    return [shard for shard in shards if shard.indexed]
+    jobs = _find_files([text]) if text.endswith(".tar") or is_shard_folder(text) else []
+    known = [(file, index.entries[_name(file)]) for file, index in jobs if index and _name(file) in index.entries]
+    for file, entry in known:
+        file.sha256 = entry["sha256"]
+    return [file for file, _ in known]
 
 
 def _folder(file: File) -> str:
@@ -208,24 +259,31 @@ class _Index:
 
 
 def _read_index(folder: str, needed: bool = False) -> _Index | None:
-    """The index of a folder, or None where there is none of ours.
+    """The index of a folder, or None where there is none of ours: without it, missing shards go unnoticed.
 
     Raises:
-        InputError: if it is damaged, or the shards are not all written; where it is needed, also if there is none.
+        InputError: if it is damaged or cannot be read, or the shards are not all written; where it is needed, also if
+            there is none.
     """
     if not is_remote(folder) and os.path.isdir(os.path.join(folder, UNFINISHED)):
         raise InputError(f"{shown(folder)} is not packed to its end; run the same nnclr pack again")
     try:
         file = files(f"{folder}/{INDEX}")[0]
-        told = json.loads(file.read(0, file.size if file.size <= _MOST_INDEX else 0))
+        told = _parsed(file)
         if not isinstance(told, dict) or told.get("kind") != KIND:
-            raise InputError(f"{file.name} is none of nnclr pack")
-    except (InputError, OSError, ValueError, RecursionError) as error:
+            raise NoSuchFileError(f"{file.name} is none of nnclr pack")
+    except InputError as error:
         if needed:
             raise InputError(
-                f"{shown(folder)} is no folder of nnclr pack ({safe(error)}); name other shards as in {folder}/*.tar"
+                f"{shown(folder)} is no folder of nnclr pack ({safe(error)}); name other shards as in "
+                f"{shown(folder)}/*.tar"
             ) from error
-        return None
+        if isinstance(error, NoSuchFileError):
+            return None
+        if is_remote(folder) and isinstance(error.__cause__, PermissionError):  # what S3 says of absent files, too
+            warnings.warn(f"{safe(error)}; it is taken to be absent, and missing shards go unnoticed", stacklevel=2)
+            return None
+        raise
     if told.get("format") != FORMAT:
         raise InputError(f"{file.name} has format {told.get('format')}; this version reads format {FORMAT}")
     try:
@@ -238,9 +296,31 @@ def _read_index(folder: str, needed: bool = False) -> _Index | None:
         images = sum(entry["images"] for entry in entries.values())
         if not images or images != told["images"] or len(entries) != len(told["shards"]):
             raise ValueError("its numbers do not add up")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise InputError(f"{file.name} is damaged ({safe(error)}); restore it, or pack anew") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file.name} is damaged; restore it, or pack anew") from error
     return _Index(names, entries)
+
+
+def _parsed(file: File) -> Any:
+    """What is in an index.json; None where it is too large for one of ours and does not look like one.
+
+    Raises:
+        InputError: if it cannot be read, or is no JSON.
+    """
+    try:
+        if file.size > _MOST_INDEX and KIND.encode() not in file.read(0, 4096):
+            return None
+        if file.size <= _MOST_INDEX:
+            return json.loads(file.read(0, file.size))
+    except OSError as error:
+        raise InputError(f"{file.name} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file.name} is damaged: it is no JSON; restore it, or pack anew; rename it if it is no index of shards"
+        ) from error
+    raise InputError(f"{file.name} has {file.size >> 20} MiB; an index has at most {_MOST_INDEX >> 20}; pack anew")
 
 
 def _open_shard(file: File, index: _Index | None) -> Shard:
@@ -259,24 +339,29 @@ def _open_shard(file: File, index: _Index | None) -> Shard:
 
 
 def _read_table(file: File, entry: dict[str, Any]) -> np.ndarray:
-    """The table that `nnclr pack` wrote beside a shard, memory-mapped; that of a remote one from the cache.
+    """The table that `nnclr pack` wrote beside a shard; that of a remote one is kept in the cache.
 
     Raises:
         InputError: if it is not the table of the index.
     """
-    kept = cache_folder() / f"{entry['index_sha256']}.npy" if isinstance(file, RemoteFile) else Path(file.address)
+    kept = cache_folder() / f"{entry['index_sha256']}.npy" if isinstance(file, RemoteFile) else None
+    content = b""
+    if kept is not None:
+        with suppress(OSError):
+            content = kept.read_bytes()
+    if not content or hashlib.sha256(content).hexdigest() != entry["index_sha256"]:
+        try:
+            content = file.read(0, file.size) if file.size <= _MOST_HEADER + MOST_ROW * entry["images"] else b""
+        except OSError as error:
+            raise InputError(f"{file.name} cannot be read: {error.strerror or error}") from error
+        if kept is not None and hashlib.sha256(content).hexdigest() == entry["index_sha256"]:
+            _keep(kept, content, file.name)
     try:
-        if isinstance(file, RemoteFile) and not kept.is_file():
-            _keep(kept, file.read(0, file.size))
-        with open(kept, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest == entry["index_sha256"]:
-            table: np.ndarray = np.load(kept, mmap_mode="r", allow_pickle=False)
+        if hashlib.sha256(content).hexdigest() == entry["index_sha256"]:
+            table: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)  # no map: a file stays open for each
             if valid_table(table, entry["bytes"], crc32=True) and len(table) == entry["images"]:
                 return table
-    except OSError as error:
-        raise InputError(f"{file.name} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError):  # no array
+    except (ValueError, EOFError, MemoryError):  # no array, or one that is longer than it can be
         pass
     raise InputError(f"{file.name} is damaged: it is not the table that {INDEX} describes; restore it, or pack anew")
 
@@ -288,9 +373,20 @@ def _scanned(file: File) -> tuple[np.ndarray, int]:
         with open(kept, "rb") as opened, np.load(opened, allow_pickle=False) as known:
             table, left_out = known["table"], int(known["left_out"])
         if valid_table(table, file.size):
-            os.utime(kept)
+            with suppress(OSError):
+                os.utime(kept)
             return table, left_out
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or damaged: made anew
+    except (  # none yet, or damaged in any way that a zip file can be: made anew
+        OSError,
+        ValueError,
+        LookupError,
+        EOFError,
+        TypeError,
+        RuntimeError,  # and NotImplementedError
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ):
         pass
     try:
         table, left_out = scan(in_passing(file), file.size, file.name)
@@ -298,19 +394,23 @@ def _scanned(file: File) -> tuple[np.ndarray, int]:
         raise InputError(f"{file.name} cannot be read: {error.strerror or error}") from error
     content = io.BytesIO()
     np.savez(content, table=table, left_out=np.array(left_out))
-    try:
-        _keep(kept, content.getvalue())
-    except OSError as error:
-        warnings.warn(f"the index of {file.name} is not kept: {kept.parent}: {error.strerror}", stacklevel=2)
+    _keep(kept, content.getvalue(), file.name)
     return table, left_out
 
 
-def _keep(path: Path, content: bytes) -> None:
-    """Write a file of the cache so that a reader sees the whole of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def _keep(path: Path, content: bytes, name: str) -> None:
+    """Write a file of the cache so that a reader sees the whole of it or none; warn where that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except OSError:
+            os.unlink(unfinished)
+            raise
+    except OSError as error:
+        warnings.warn(f"{name} is not kept: {shown(path.parent)}: {error.strerror}", stacklevel=2)

@@ -2,12 +2,14 @@
 
 import glob
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nnclr.data.array_file import npy_source
 from nnclr.data.folder import folder_source
 from nnclr.data.hub import hub_source
 from nnclr.data.images import Source, array_source
@@ -15,12 +17,12 @@ from nnclr.data.named import torchvision_source
 from nnclr.data.parquet import parquet_source
 from nnclr.data.photos import photo_patches
 from nnclr.data.shards import is_shard_folder, shard_source
-from nnclr.data.storage import is_remote
+from nnclr.data.storage import is_remote, listed
 from nnclr.errors import InputError
 
 ACCEPTED = (
-    "a folder of images, a list of folders, a folder of shards, SHARDS.tar, FILES.parquet, hf:NAME_OR_PATH, "
-    "torchvision:NAME, demo-photos, an array of images, or a pair (images, labels)"
+    "a folder of images, a list of folders, a folder of shards, SHARDS.tar, FILES.parquet, FILE.npy, "
+    "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, an array of images, or a pair (images, labels)"
 )
 
 
@@ -30,7 +32,8 @@ def open_source(data: Any) -> Source:
     Args:
         data: a `Source` (returned as it is); a folder at any depth, or a list of them; a folder that `nnclr pack`
             wrote; `SHARDS.tar` or `FILES.parquet`, each a file, a pattern with `*` or `{000..099}`, or a list, the
-            latter with an optional `?split=train&label=COLUMN`; `hf:NAME_OR_PATH`; `torchvision:NAME[?split=test]`;
+            latter with an optional `?split=train&label=COLUMN`; `FILE.npy[?labels=FILE.npy]`, which is not read as
+            a whole; `hf:NAME_OR_PATH`; `torchvision:NAME[?split=test]`;
             `demo-photos[?split=test]`; an array or tensor of uint8 images (n, h, w[, 1 or 3]) or (n, 3, h, w); or a
             pair (images, labels). Shards and parquet files may be addresses, such as `s3://...`.
 
@@ -57,6 +60,8 @@ def open_source(data: Any) -> Source:
         return hub_source(text.removeprefix("hf:"), **parse_query(query, {"split", "image", "label", "config"}))
     if text.endswith(".parquet"):
         return parquet_source([text], parse_query(query))
+    if text.endswith(".npy") and not is_remote(text):
+        return npy_source(Path(text), **parse_query(query, {"labels"}))
     if text.endswith(".tar") or is_remote(text):
         parse_query(query, set())
         return shard_source([text])
@@ -74,8 +79,10 @@ def _files_source(paths: list[str]) -> Source:
         return folder_source([Path(path) for path in paths])
     except InputError:
         for extension in (".tar", ".parquet"):
-            if any(any(Path(path).glob(f"*{extension}")) for path in paths):
-                return _files_source([f"{glob.escape(path)}/*{extension}" for path in paths])
+            found = [sorted(glob.glob(f"{glob.escape(path)}/*{extension}")) for path in paths]
+            if all(found):
+                name = listed([f"{path}/*{extension}" for path in paths])
+                return replace(_files_source([file for some in found for file in some]), name=name)
         raise
 
 

@@ -7,6 +7,7 @@ fetched in the background into a cache of bounded size, and read from there.
 import fcntl
 import glob
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -29,7 +30,11 @@ _SPARE = 1 << 30  # bytes that stay free on the disk of the cache
 _TRIES, _PAUSE = 3, 0.05  # for errors that may pass; seconds, doubled each time
 _MOST_FILES = 200_000  # that a pattern may stand for
 _AT_ONCE = threading.BoundedSemaphore(4)  # files that are being fetched
-_VERSIONS = "etag md5hash checksum lastmodified last_modified updated mtime created version_id".split()
+_NO_VERSION = ("name", "type", "url")  # of what a storage says of a file; a url may be signed anew each time
+
+
+class NoSuchFileError(InputError):
+    """A file does not exist, which may be as it should be."""
 
 
 class File(Protocol):
@@ -64,8 +69,8 @@ class LocalFile:
         self.address, self.name = path, shown(path)
         try:
             status = os.stat(path)
-        except FileNotFoundError:
-            raise InputError(f"{self.name} does not exist") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise NoSuchFileError(f"{self.name} does not exist") from None
         except OSError as error:
             raise InputError(f"{self.name} cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
@@ -92,72 +97,122 @@ class RemoteFile:
         if about.get("type") == "directory" or about.get("size") is None:
             raise InputError(f"{self.name} is no file, or its server does not say how long it is")
         self.size = int(about["size"])
-        told = {key.lower(): str(value) for key, value in about.items() if key.lower() in _VERSIONS}
+        told = {key: str(value) for key, value in about.items() if key not in _NO_VERSION}
         self.stamp = f"{self.address} {self.size} {sorted(told.items())}"
         self._copy = cache_folder() / f"{hashlib.sha256(self.stamp.encode()).hexdigest()[:32]}.copy"
-        self._reads, self._fetching, self._damage = 0, False, ""
+        self._few, self._reads, self._fetching, self._damage, self._dropped = _FEW, 0, False, "", False
 
     def read(self, offset: int, size: int) -> bytes:
         """See `File.read`."""
         with suppress(OSError):  # there is no copy, or it was removed meanwhile
-            content = _pread(str(self._copy), offset, size)
-            os.utime(self._copy)  # what was used last is removed last
-            return content
+            if os.stat(self._copy).st_size == self.size:
+                content = _pread(str(self._copy), offset, size)
+                with suppress(OSError):  # another's cache is read, too
+                    os.utime(self._copy)  # what was used last is removed last
+                return content
+            self._copy.unlink()  # cut, as by a disk that lost its last writes
         if self._damage:
             raise DataError(self._damage)
         self._reads += 1
-        if self._reads > _FEW and not self._fetching:
+        if self._reads > self._few and not self._fetching:
             self._fetching = True
             threading.Thread(target=self._fetch, daemon=True).start()
         return self.range(offset, size)
 
     def open(self) -> IO[bytes]:
         """See `File.open`."""
-        opened: IO[bytes] = self.system.open(self.path, "rb")
-        return opened
+        return io.BufferedReader(_Ranges(self), 1 << 16)
 
     def range(self, offset: int, size: int) -> bytes:
         """As `read`, but from the storage, whatever the cache holds."""
+        end = min(offset + size, self.size)
+        if end <= offset:
+            return b""
 
         def fetched() -> bytes:
             try:
-                content: bytes = self.system.cat_file(self.path, start=offset, end=min(offset + size, self.size))
-                return content
+                content: bytes = self.system.cat_file(self.path, start=offset, end=end)
             except OSError:
                 raise
             except Exception as error:  # each library of a storage has errors of its own
                 raise OSError(first_line(error)) from error
+            if len(content) == self.size:  # the server sends whole files only
+                content = content[offset:end]
+            if len(content) != end - offset:
+                raise OSError(f"the storage sent {len(content)} bytes for {end - offset}")
+            return content
 
         return _patiently(fetched)
 
+    def drop_copy(self) -> None:
+        """Remove the copy, which proved damaged; only once, so that a damaged file is not fetched again and again."""
+        if not self._dropped:
+            self._dropped = True
+            with suppress(OSError):
+                self._copy.unlink()
+
     def _fetch(self) -> None:
-        """Fetch the whole file; where that fails, ranges are read as before."""
+        """Fetch the whole file; where that fails, ranges are read as before, and it is tried less and less often."""
         try:
             with _AT_ONCE:
                 self._copy.parent.mkdir(parents=True, exist_ok=True)
                 if shutil.disk_usage(self._copy.parent).free > self.size + _SPARE:
                     self._write(self._copy.with_suffix(".part"))
                     prune(self._copy)
-                    self._fetching = False  # if it is removed, it may be fetched again
         except OSError:
             pass
+        finally:
+            if not os.path.exists(self._copy):
+                self._few *= 2
+            self._reads, self._fetching = 0, False
 
     def _write(self, unfinished: Path) -> None:
         with open(unfinished, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: another process fetches it
-            if self._copy.exists():
-                return
-            file.truncate(0)
-            digest = hashlib.sha256()
-            for chunk in chunks(self):
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            if self.sha256 not in (None, digest.hexdigest()):
-                self._damage = f"{self.name} is not the shard that its index describes: its SHA-256 differs"
-                unfinished.unlink()
-            else:
-                unfinished.replace(self._copy)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(unfinished)):
+                return  # it was another process's, which has just removed or renamed it
+            try:
+                if self._copy.exists():
+                    return
+                file.truncate(0)
+                digest = hashlib.sha256()
+                for chunk in chunks(self):
+                    file.write(chunk)
+                    digest.update(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+                if self.sha256 in (None, digest.hexdigest()):
+                    unfinished.replace(self._copy)
+                else:
+                    self._damage = f"{self.name} is not the shard that its index describes: its SHA-256 differs"
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file to read and seek in; its errors are `OSError`, and what may pass is tried again."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._file.size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._file.range(self._position, len(buffer))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
 
 
 def in_passing(file: File) -> Callable[[int, int], bytes]:
@@ -289,7 +344,7 @@ def files(text: str) -> list[File]:
         return _remote_files(text)
     found = [text] if os.path.exists(text) else [name for part in braces(text) for name in _matches(part)]
     if not found:
-        raise InputError(f"no file is named {shown(text)}")
+        raise NoSuchFileError(f"no file is named {shown(text)}")
     return [LocalFile(name) for name in found]
 
 
@@ -313,11 +368,11 @@ def _remote_files(text: str) -> list[File]:
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{address} does not exist: {first_line(error)}") from error
+        raise NoSuchFileError(f"{address} does not exist: {first_line(error)}") from error
     except Exception as error:  # each library of a storage has errors of its own
         raise InputError(f"{address} cannot be read: {first_line(error)}") from error
     if not found:
-        raise InputError(f"no file is named {address}")
+        raise NoSuchFileError(f"no file is named {address}")
     return found
 
 

@@ -21,6 +21,7 @@ BLOCK = 512
 _MOST_HEADER = 1 << 20  # bytes of a long name or of pax records
 _MOST_LABEL = 1 << 20  # bytes of a .cls or .json member
 _LONGEST_NAME, _LONGEST_LABEL = 240, 240  # bytes in a table
+MOST_ROW = 8 + 8 + _LONGEST_NAME + _LONGEST_LABEL + 4  # bytes
 _WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # of WebDataset: up to the first dot of the file's name
 
@@ -209,9 +210,9 @@ def scan(read: Read, length: int, where: str) -> tuple[np.ndarray, int]:
                 raise InputError(f"{where} holds two images with the key {_shown(key)}")
             sample.image = member
         elif extension == "cls":
-            sample.cls = _label(_content(read, member, where), member, where)
-        elif extension == "json":
-            sample.json = _label(_json_label(_content(read, member, where)), member, where)
+            sample.cls = _label(read, member, where)
+        elif extension == "json" and member.size <= _MOST_LABEL:
+            sample.json = _json_label(read(member.offset, member.size))
     rows = []
     for sample in samples.values():
         if sample.image is None:
@@ -223,23 +224,21 @@ def scan(read: Read, length: int, where: str) -> tuple[np.ndarray, int]:
     return make_table(rows), left_out
 
 
-def _content(read: Read, member: Member, where: str) -> bytes:
-    if member.size > _MOST_LABEL:
-        raise InputError(f"{where}: {_shown(member.name)} has {member.size} bytes, too many for a label")
-    return read(member.offset, member.size)
-
-
-def _json_label(content: bytes) -> bytes:
+def _json_label(content: bytes) -> str:
+    """What may be a label; a `.json` is often something else, so nothing in it is an error."""
     try:
         told = json.loads(content)
+        label = told.get("label") if isinstance(told, dict) else None
+        text = printable(str(label).encode("utf-8", "replace").strip()) if isinstance(label, (int, str)) else ""
     except (ValueError, RecursionError):
-        return b""
-    label = told.get("label") if isinstance(told, dict) else None
-    return str(label).encode("utf-8", "replace") if isinstance(label, (int, str)) else b""
+        return ""
+    return text if len(text.encode()) <= _LONGEST_LABEL else ""
 
 
-def _label(content: bytes, member: Member, where: str) -> str:
-    text = printable(content.strip())
+def _label(read: Read, member: Member, where: str) -> str:
+    if member.size > _MOST_LABEL:
+        raise InputError(f"{where}: {_shown(member.name)} has {member.size} bytes, too many for a label")
+    text = printable(read(member.offset, member.size).strip())
     if len(text.encode()) > _LONGEST_LABEL:
         raise InputError(f"{where}: {_shown(member.name)} holds {len(text)} characters, too many for a label")
     return text
