@@ -211,14 +211,14 @@ def _moments(sides: dict[str, Callable[[], Callable[[], Any]]], repeats: int) ->
 
 
 VIEWS = {"nnclr": _views_ours, "lightly": _views_lightly, "torchvision v2": _views_torchvision, "kornia": _views_kornia}
-FILES = 32
+FILES, PHOTOS = 32, 4
 
 
-def _jpegs() -> list[bytes]:
+def _jpegs(count: int = FILES, size: tuple[int, int] = (500, 375)) -> list[bytes]:
     rng, files = np.random.default_rng(0), []
-    for _ in range(FILES):
+    for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (25, 32, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+        smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
         noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(noisy).save(file, "JPEG", quality=90)
@@ -226,50 +226,51 @@ def _jpegs() -> list[bytes]:
     return files
 
 
-def _jpeg_ours() -> Callable[[], Any]:
-    from nnclr.data.augment import policy
-    from nnclr.data.decode import decode
-    from nnclr.data.images import Source
-    from nnclr.data.loader import Plan, create_loader
+def _jpeg(count: int, size: tuple[int, int]) -> dict[str, Callable[[], Callable[[], Any]]]:
+    def ours() -> Callable[[], Any]:
+        from nnclr.data.augment import policy
+        from nnclr.data.decode import decode
+        from nnclr.data.images import Source
+        from nnclr.data.loader import Plan, create_loader
 
-    files = _jpegs()
-    source = Source("files", FILES, lambda i: decode(files[i]), str, "0" * 64)
-    plan = Plan(FILES, FILES, policy("simclr", 224), seed=0)
-    loader = create_loader(source, plan, torch.device("cpu"), 0)
-    steps = iter(range(10**9))
+        files = _jpegs(count, size)
+        content = files.__getitem__
+        source = Source("files", count, lambda i: decode(content(i)), str, "0" * 64, content=content)
+        loader = create_loader(source, Plan(count, count, policy("simclr", 224), seed=0), torch.device("cpu"), 0)
+        steps = iter(range(10**9))
 
-    def run() -> Any:
-        step = next(steps)
-        return [view for batch in loader.batches(step, step + 1) for view in batch.views]
+        def run() -> Any:
+            step = next(steps)
+            return [view for batch in loader.batches(step, step + 1) for view in batch.views]
 
-    return run
+        return run
+
+    def lightly() -> Callable[[], Any]:
+        from lightly.transforms.simclr_transform import SimCLRTransform
+
+        transform, files = SimCLRTransform(input_size=224), _jpegs(count, size)
+
+        def run() -> Any:
+            made = [transform(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+            return [torch.stack([views[i] for views in made]) for i in range(2)]
+
+        return run
+
+    def torchvision() -> Callable[[], Any]:
+        from torchvision.transforms import v2
+
+        transform, files, to_image = _torchvision(224, 0.08, blur=True), _jpegs(count, size), v2.PILToTensor()
+
+        def run() -> Any:
+            images = [to_image(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+            return [torch.stack([transform(image) for image in images]) for _ in range(2)]
+
+        return run
+
+    return {"nnclr": ours, "lightly": lightly, "torchvision v2": torchvision}
 
 
-def _jpeg_lightly() -> Callable[[], Any]:
-    from lightly.transforms.simclr_transform import SimCLRTransform
-
-    transform, files = SimCLRTransform(input_size=224), _jpegs()
-
-    def run() -> Any:
-        made = [transform(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
-        return [torch.stack([views[i] for views in made]) for i in range(2)]
-
-    return run
-
-
-def _jpeg_torchvision() -> Callable[[], Any]:
-    from torchvision.transforms import v2
-
-    transform, files, to_image = _torchvision(224, 0.08, blur=True), _jpegs(), v2.PILToTensor()
-
-    def run() -> Any:
-        images = [to_image(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
-        return [torch.stack([transform(image) for image in images]) for _ in range(2)]
-
-    return run
-
-
-JPEG = {"nnclr": _jpeg_ours, "lightly": _jpeg_lightly, "torchvision v2": _jpeg_torchvision}
+JPEG, PHOTO = _jpeg(FILES, (500, 375)), _jpeg(PHOTOS, (3000, 2000))
 
 
 # One optimiser step of a ResNet-50.
@@ -406,6 +407,10 @@ CASES = {
     "jpeg": Case(
         "JPEG of 500 x 375 to two views of 224 x 224", "lightly", 4.0, FILES, "images", JPEG,
         lambda: _moments(JPEG, 4),
+    ),
+    "photo": Case(
+        "JPEG of 3000 x 2000 to two views of 224 x 224", "lightly", 2.0, PHOTOS, "images", PHOTO,
+        lambda: _moments(PHOTO, 12),
     ),
     "lars": Case("LARS step of a ResNet-50", "lightly", 1.5, 1, "steps", LARS, _lars_check),
     "knn": Case("kNN of 10,000 in 50,000 x 512, k = 200", "lightly", 1.7, 10_000, "queries", KNN, _knn_check),

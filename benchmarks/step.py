@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDS, PAGE = Path("docs/results/step.json"), Path("docs/performance.md")
-BEGIN = "<!-- step -->"
+BEGIN = "### Figures"
 # Part of a step -> the functions whose time it is: (end of the file's name, function).
 PARTS = {
     "images and views": [("data/loader.py", "batches")],

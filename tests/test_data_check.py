@@ -181,3 +181,15 @@ def test_a_damaged_remote_shard_does_not_end_the_report(photos, tmp_path, monkey
     assert report["unreadable"]["count"] == 50
     assert report["unreadable"]["reasons"] == {"unreadable": 50}
     assert report["verdict"].startswith("1 of the shards")
+
+
+def test_a_report_replaces_nothing_but_a_report(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "mine.json").write_text("{}")
+    for name in ("a.png", "mine.json"):
+        with pytest.raises(InputError, match=r"must be a \.json file that is new or an earlier report"):
+            check_data(str(tmp_path), tmp_path / name, say=lambda text: None)
+    assert (tmp_path / "a.png").read_bytes() == content
+    for _ in range(2):
+        check_data(str(tmp_path), tmp_path / "report.json", say=lambda text: None)

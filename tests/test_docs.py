@@ -205,7 +205,14 @@ def test_every_flag_named_in_a_sentence_exists():
     for verb, kind in pages.verbs().items():
         known |= {f"--{name.replace('_', '-')}" for name in kind.__dataclass_fields__}
         known |= set() if verb == "pretrain" else set(re.findall(r"`(--[a-z-]+)`", pages.flags(verb)))
-    foreign = {"--require-hashes", "--seeds", "--data", "--strict", "--max-restarts"}  # of other programs
+    foreign = {
+        "--require-hashes",
+        "--seeds",
+        "--data",
+        "--strict",
+        "--max-restarts",
+        "--signals-to-handle",
+    }  # of other programs
     for page in DOCS.rglob("*.md"):
         for code in re.findall(r"`([^`\n]*--[a-z][^`\n]*)`", page.read_text()):
             for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):

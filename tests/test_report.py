@@ -195,6 +195,16 @@ def test_the_verdict_follows_the_figures(made_up, values, evaluations, verdict):
         assert words["kNN accuracy"].startswith("Not measured")
 
 
+def test_a_step_is_split_into_waiting_working_and_the_rest(made_up):
+    """100 images at 50 a second: two seconds a step, and half a second of evaluations on top of it."""
+    changed(made_up, data_share=0.25, aside_share=lambda step: 0.0 if step == 10 else 0.2)
+    waiting, working, aside = (dict(points) for points in report._step_times(read_record(made_up)))
+    assert waiting == dict.fromkeys(range(10, 101, 10), 500)
+    assert working == dict.fromkeys(range(10, 101, 10), 1500)
+    assert aside == dict.fromkeys(range(10, 101, 10), 500) | {10: 0}
+    assert "What a step waits for" in written(made_up).read_text()
+
+
 def test_sentences_change_with_what_they_are_about(made_up):
     healthy = said(written(made_up))
     assert healthy["Loss"] == "2.600 at step 100, 4.400 at step 10; guessing would give 4.605."

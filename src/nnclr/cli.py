@@ -14,7 +14,7 @@ import tyro
 
 import nnclr
 from nnclr.arguments import parse
-from nnclr.errors import DataError, InputError, NNCLRError
+from nnclr.errors import DataError, InputError, NNCLRError, StorageError
 from nnclr.options import Compare, Data, Demo, Embed, Evaluate, Explore, Export, Info, Pack, Report, Search, Sweep
 
 
@@ -173,9 +173,15 @@ def evaluate(options: Evaluate) -> None:
             **given,
         )
         if rank() == 0:
-            if file is not None:
-                append(result, file)
             _on_stderr(result.in_words())
+            if file is not None:
+                try:
+                    append(result, file)
+                except OSError as error:
+                    print(json.dumps(asdict(result)))  # hours may be in it
+                    raise StorageError(
+                        f"the result is printed above, and could not be added to {file}: {error.strerror}"
+                    ) from error
         return result
 
     with process_group(device):

@@ -40,6 +40,15 @@ class _Look(NamedTuple):
     digest: bytes  # of its file, or of its pixels where it has none
 
 
+def _is_report(path: Path) -> bool:
+    """Whether a file is what `check_data` writes."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and "verdict" in report
+
+
 def check_data(data: str, out: str | Path | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Read every image, and list what is wrong, what is double and what is odd.
 
@@ -56,6 +65,8 @@ def check_data(data: str, out: str | Path | None = None, say: Callable[[str], No
     """
     if out is not None and (not Path(out).parent.is_dir() or Path(out).is_dir()):
         raise InputError(f"--out {shown(out)} must be a file in a folder that exists")
+    if out is not None and (Path(out).suffix != ".json" or (Path(out).exists() and not _is_report(Path(out)))):
+        raise InputError(f"--out {shown(out)} must be a .json file that is new or an earlier report; name another one")
     source = open_source(data)
     damaged = _damaged_shards(data, say)
     sides, digests = np.zeros((len(source), 2), np.int32), np.zeros((len(source), 16), np.uint8)

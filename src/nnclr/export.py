@@ -92,6 +92,8 @@ def refuse_out(format: str, out: Path) -> None:
         raise InputError(f"{out} exists and is not overwritten; name another --out, or remove it")
     if format in ("torchvision", "timm") and out.suffix not in (".safetensors", *_PICKLED):
         raise InputError(f"{out} must end in .safetensors or .pth")
+    if format == "onnx" and out.suffix != ".onnx":
+        raise InputError(f"{out} must end in .onnx")
     if not out.parent.is_dir():
         raise InputError(f"{out} is to be in a folder that does not exist; make {out.parent} first")
 

@@ -30,7 +30,7 @@ from nnclr.data.ahead import ahead
 from nnclr.data.decode import FORMATS, BadImage, decode
 from nnclr.data.images import Source, safe, shown
 from nnclr.data.shards import FORMAT, INDEX, KIND, UNFINISHED
-from nnclr.data.source import open_source
+from nnclr.data.source import open_source, refuse_inside
 from nnclr.data.tar_index import BLOCK, Row, make_table
 from nnclr.errors import DataError, InputError, Stopped, StorageError
 from nnclr.interrupt import StopRequest
@@ -84,6 +84,7 @@ def pack(
     ):
         if value is not None and not 1 <= value <= most:
             raise InputError(f"a {name} of {value} is not between 1 and {most}")
+    refuse_inside(data, out)
     source = open_source(data)
     facts = {
         "data": source.name,

@@ -130,7 +130,7 @@ def slow_data(share: float, workers: int, cores: int) -> str | None:
         return None
     text = f"data: {100 * share:.0f} % of step time with {workers} worker{'' if workers == 1 else 's'}"
     if workers < cores:
-        enough = math.ceil(max(workers, 1) / (1 - min(share, 0.9))) + 1
+        enough = math.ceil(max(workers, 1) / (1 - min(share, 0.875))) + 1
         return f"{text}; try --num-workers {min(enough, cores)}"
     return f"{text}, as many as cores; decoding is the limit: smaller files by `nnclr pack`, or more cores"
 

@@ -19,7 +19,7 @@ from nnclr.config import Config, differences, from_toml, make_config, to_toml
 from nnclr.data.augment import View, policy
 from nnclr.data.images import Source
 from nnclr.data.loader import Loader, Plan, create_loader
-from nnclr.data.source import open_source, test_split
+from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.device import choose_device, choose_precision
 from nnclr.errors import InputError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
@@ -75,6 +75,7 @@ def pretrain(
         OBJECTIVES[fields["objective"]] = objective  # found by this name wherever it was defined
     elif objective is not None:
         fields["objective"] = objective
+    refuse_inside(data, out)
     source = open_source(data)
     test = test_split(data) if test_data is None else open_source(test_data)
     config = make_config(

@@ -128,6 +128,137 @@ def test_bombs_are_refused_from_the_header(side):
     assert reason(png_header(100, 100)) in ("truncated", "not_an_image")
 
 
+def photo(height=54, width=67):
+    """Smooth and colourful, so that the pixels of all formats are alike."""
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+JPEGS = {
+    "4:2:0": {"subsampling": 2},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 3},
+    "low quality": {"quality": 12},
+    "RGB": {"keep_rgb": True},
+}
+
+
+def by_pillow_alone(data, monkeypatch):
+    """What `decode` says without libjpeg-turbo at first hand: pixels, or the reason of a `BadImage`."""
+    with monkeypatch.context() as patched:
+        patched.setattr(D, "_jpeg", lambda *_: None)
+        return decoded(data)
+
+
+def decoded(data):
+    try:
+        return decode(data)
+    except BadImage as error:
+        return error.reason
+
+
+@pytest.mark.parametrize("kind", [*JPEGS, "gray"])
+def test_jpegs_are_what_pillow_decodes(monkeypatch, kind):
+    """To the bit: Pillow has the same library, and asks it for the same transform and the same upsampling."""
+    data = encoded(photo().convert("L"), "JPEG") if kind == "gray" else encoded(photo(), "JPEG", **JPEGS[kind])
+    expected = by_pillow_alone(data, monkeypatch)
+    monkeypatch.setattr(D, "_rgb", None)  # Pillow's own way now fails
+    np.testing.assert_array_equal(decode(data), expected)
+    fast = decode(encoded(photo(), "JPEG", subsampling=2, quality=95))
+    assert np.abs(fast.astype(int) - np.asarray(photo())).mean() < 4  # control: it is this picture
+    with pytest.raises(BadImage):  # control: others do go Pillow's way
+        decode(encoded(photo().convert("CMYK"), "JPEG"))
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
+def test_orientation_of_jpegs(monkeypatch, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(), "JPEG", exif=exif)
+    expected = by_pillow_alone(data, monkeypatch)
+    assert expected.shape[:2] == ((67, 54) if orientation in (5, 6, 7, 8) else (54, 67))
+    np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_damaged_jpegs_are_what_pillow_takes_them_for(monkeypatch):
+    """The pixels are equal, or the reason why there are none: libjpeg warns where Pillow stops, and the reverse."""
+    rng, exif = random.Random(0), Image.Exif()
+    exif[0x0112] = 6
+    seeds = [encoded(photo(), "JPEG", **options) for options in (*JPEGS.values(), {"exif": exif})]
+    taken = []
+    for number in range(600):
+        data = bytearray(seeds[number % len(seeds)])
+        for _ in range(rng.randrange(1, 4)):
+            how, at = rng.randrange(4), rng.randrange(len(data))
+            if how == 0:
+                data[at] ^= 1 << rng.randrange(8)
+            elif how == 1:
+                del data[at : at + rng.randrange(1, 5)]
+            elif how == 2:
+                data[at:at] = rng.randbytes(3)
+            elif number % 7 == 0:
+                del data[at:]
+        ours, theirs = decoded(bytes(data)), by_pillow_alone(bytes(data), monkeypatch)
+        taken.append(theirs if isinstance(theirs, str) else "pixels")
+        np.testing.assert_array_equal(ours, theirs)
+    assert {"pixels", "truncated"} <= set(taken)
+    assert min(taken.count("pixels"), 600 - taken.count("pixels")) > 50
+
+
+def test_a_header_that_is_read_in_two_ways_is_left_to_pillow(monkeypatch):
+    data = encoded(photo(), "JPEG")
+    expected = decode(data)
+    monkeypatch.setattr(D.simplejpeg, "decode_jpeg_header", lambda data: (60_000, 60_000, "YCbCr", "420"))
+    monkeypatch.setattr(D.simplejpeg, "decode_jpeg", None)
+    np.testing.assert_array_equal(decode(data), expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_reduced_jpegs(orientation, factor):
+    exif, asked = Image.Exif(), []
+    exif[0x0112] = orientation
+    data = encoded(photo(250, 403) if orientation == 1 else photo(240, 400), "JPEG", quality=95, exif=exif)
+
+    def reduction(height, width):
+        asked.append((height, width))
+        return factor
+
+    whole, reduced = decode(data), decode(data, reduction)
+    height, width = whole.shape[:2]
+    assert asked == [(height, width)] == [(400, 240) if orientation == 6 else (250, 403)]
+    assert reduced.shape == (-(-height // factor), -(-width // factor), 3)
+    rows, columns = height // factor, width // factor
+    means = whole[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, 3).mean((1, 3))
+    error = np.abs(reduced[:rows, :columns] - means).mean()
+    assert error < 3
+    if factor > 1:  # control: a picture that lies elsewhere by one pixel
+        assert np.abs(reduced[1:rows, :columns] - means[:-1]).mean() > 2 * error
+
+
+def test_a_turned_jpeg_is_reduced_only_where_its_sides_can_be_divided():
+    """What is rounded up would lie at the beginning, and everything else next to its place."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    sizes = [decode(encoded(photo(*size), "JPEG", exif=exif), lambda *_: 8).shape[:2] for size in ((80, 84), (81, 80))]
+    assert sizes == [(20, 21), (81, 80)]
+
+
+def test_only_jpegs_are_reduced(monkeypatch):
+    def never(height, width):
+        raise AssertionError
+
+    for kind in ("PNG", "WEBP", "TIFF"):
+        assert decode(encoded(photo(), kind), never).shape == (54, 67, 3)
+    data = encoded(photo(), "JPEG")
+    assert decoded(data[:-2]) == "truncated"
+    with pytest.raises(BadImage, match="truncated"):
+        decode(data[:-2], lambda height, width: 2)
+    assert decode(encoded(photo().convert("CMYK"), "JPEG"), never).shape == (54, 67, 3)
+
+
 def test_first_frame_of_an_animation():
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 200)]
     for kind in ("GIF", "WEBP", "TIFF"):

@@ -1,14 +1,18 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nnclr.data.augment import policy
-from nnclr.data.decode import BadImage
+from nnclr.data import loader as loader_module
+from nnclr.data.augment import crop_image, policy
+from nnclr.data.decode import BadImage, decode
 from nnclr.data.images import Source, array_source
 from nnclr.data.loader import Plan, ResidentLoader, StreamLoader, create_loader
 from nnclr.data.source import open_source
 from nnclr.errors import DataError
+from tests.data.test_decode import encoded
 
 CPU = torch.device("cpu")
 
@@ -109,3 +113,143 @@ def test_no_two_images_of_an_epoch_share_their_crop():
     source, plan = array_source(np.repeat(pictures(1, 64), 64, axis=0), None), make_plan(64, 64)
     views = next(iter(create_loader(source, plan, CPU, 0).batches(0, 1))).views
     assert len({view.numpy().tobytes() for view in views[0]}) == 64
+
+
+# ---- threads and memory of streamed images --------------------------------------------------------------------
+
+
+def seen_by(source, look):
+    """The source, which calls look() in the thread that reads."""
+
+    def fetch(i):
+        look()
+        return source.read(i)
+
+    return Source(source.name, len(source), fetch, source.title, source.fingerprint)
+
+
+def test_neither_workers_nor_threads_change_a_bit_of_blurred_views():
+    """Large enough that several threads would share an operation."""
+    source = array_source(pictures(12, 130), None)
+    plan = Plan(12, 6, policy("simclr", 120), 0)
+    torch.set_num_threads(2)
+    try:
+        runs = [list(StreamLoader(source, plan, CPU, workers).batches(0, 2)) for workers in (0, 1, 3)]
+    finally:
+        torch.set_num_threads(1)
+    runs.append(list(StreamLoader(source, plan, CPU, 2).batches(0, 2)))
+    for other in runs[1:]:
+        assert all(same(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+def test_a_decoding_thread_computes_alone_and_no_other_thread_is_changed():
+    """PyTorch would otherwise start a team of threads for each of them."""
+    counts = []
+    torch.set_num_threads(3)
+    try:
+        source = seen_by(array_source(pictures(), None), lambda: counts.append(torch.get_num_threads()))
+        list(StreamLoader(source, make_plan(30), CPU, 2).batches(0, 3))
+        assert torch.get_num_threads() == 3
+        later = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(1)
+    assert counts == [1] * 24
+    assert later == [3]
+
+
+def test_memory_is_used_again_but_never_under_a_batch_that_is_still_there(monkeypatch):
+    source, plan = array_source(pictures(), None), make_plan(30)
+    expected = [[view.clone() for view in batch.views] for batch in StreamLoader(source, plan, CPU, 0).batches(0, 9)]
+    taken, empty = [], np.empty
+    monkeypatch.setattr(np, "empty", lambda *shape, **more: taken.append(shape[0]) or empty(*shape, **more))
+    kept = {}
+    for batch in StreamLoader(source, plan, CPU, 0).batches(0, 9):
+        if batch.step in (1, 4):
+            kept[batch.step] = [view[2:5].flip(0) if batch.step == 4 else view.view(-1) for view in batch.views]
+        del batch
+    assert torch.equal(kept[1][0], expected[1][0].view(-1))
+    assert torch.equal(kept[4][1], expected[4][1][2:5].flip(0))
+    batch = 2 * [(8, 3, 16, 16)]  # two views
+    assert [shape for shape in taken if shape == batch[0]] == 3 * batch  # two that are kept, and one for the others
+    taken.clear()
+    everything = list(StreamLoader(source, plan, CPU, 0).batches(0, 9))
+    assert [shape for shape in taken if shape == batch[0]] == 9 * batch
+    assert all(torch.equal(b.views[1], views[1]) for b, views in zip(everything, expected, strict=True))
+
+
+# ---- JPEG files that are larger than needed -----------------------------------------------------------------
+
+
+@pytest.fixture
+def large_files():
+    """12 JPEG files of 300 x 400 pixels, smooth; and what was read of each: the size of the pixels."""
+    coarse = np.random.default_rng(1).integers(0, 256, (12, 12, 16, 3), dtype=np.uint8)
+    return [
+        encoded(Image.fromarray(c).resize((400, 300), Image.Resampling.BICUBIC), "JPEG", quality=95) for c in coarse
+    ]
+
+
+def file_source(files, with_content=True):
+    return Source(
+        "files",
+        len(files),
+        lambda i: decode(files[i]),
+        str,
+        "0" * 64,
+        content=files.__getitem__ if with_content else None,
+    )
+
+
+def test_large_files_are_decoded_at_a_fraction(monkeypatch, large_files):
+    """Boxes are drawn from the size in the file, every crop keeps at least the pixels of its view."""
+    plan, cut = Plan(12, 12, policy("crop-only", 48), 0), []
+
+    def noting(image, box, flip, size):
+        assert (box[:2] >= 0).all()
+        assert (box[:2] + box[2:] <= image.shape[:2]).all()
+        cut.append((image.shape[0], min(box[2:])))
+        return crop_image(image, box, flip, size)
+
+    monkeypatch.setattr(loader_module, "crop_image", noting)
+    whole = list(StreamLoader(file_source(large_files, False), plan, CPU, 0).batches(0, 3))
+    assert {height for height, _ in cut} == {300}
+    cut.clear()
+    reduced = list(StreamLoader(file_source(large_files), plan, CPU, 0).batches(0, 3))
+    assert {75, 150} <= {height for height, _ in cut} <= {75, 150, 300}
+    assert min(side for height, side in cut if height < 300) >= 47  # rounded to whole pixels
+    grey = 255 * 0.225  # a normalised number in grey levels
+    for one, two in zip(whole, reduced, strict=True):
+        assert torch.equal(one.ids, two.ids)
+        for a, b in zip(one.views, two.views, strict=True):
+            assert 0 < (a - b).abs().mean() * grey < 5
+            shifted = (a[..., 1:] - a[..., :-1]).abs().mean()
+            assert (a - b).abs().mean() < shifted / 2  # control: what one pixel of the view makes
+
+
+def test_reduced_views_follow_from_seed_epoch_and_image(large_files):
+    source = file_source(large_files)
+    views = policy("simclr", 32)
+    runs = [
+        list(StreamLoader(source, Plan(12, size, views, 0), CPU, workers).batches(0, 12 // size))
+        for size, workers in ((12, 0), (4, 3))
+    ]
+    of = [{int(i): view for batch in run for i, view in zip(batch.ids, batch.views[1], strict=True)} for run in runs]
+    assert of[0].keys() == of[1].keys() == set(range(12))
+    assert all(torch.equal(of[0][i], of[1][i]) for i in range(12))
+
+
+def test_a_reduced_file_that_is_damaged_is_replaced(large_files):
+    bad = [data[: len(data) // 2] if i == 3 else data for i, data in enumerate(large_files)]
+    loader = StreamLoader(file_source(bad), Plan(12, 12, policy("simclr", 32), 0), CPU, 1)
+    (batch,) = loader.batches(0, 1)
+    assert list(loader.bad) == [3]
+    assert "truncated" in loader.bad[3]
+    assert 3 not in batch.ids.tolist()
+    (repaired,) = StreamLoader(file_source(large_files), Plan(12, 12, policy("simclr", 32), 0), CPU, 1).batches(0, 1)
+    row = repaired.ids.tolist().index(3)
+    taken = int(batch.ids[row])
+    other = repaired.ids.tolist().index(taken)
+    assert torch.equal(batch.views[0][row], repaired.views[0][other])  # it is augmented as that image is

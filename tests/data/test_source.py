@@ -12,7 +12,7 @@ from PIL import Image
 from nnclr.data import named
 from nnclr.data.decode import BadImage
 from nnclr.data.images import printable
-from nnclr.data.source import open_source, test_split
+from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.errors import InputError
 from tests.data.test_decode import encoded
 
@@ -291,3 +291,16 @@ def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "CIFAR10", offline)
     with pytest.raises(InputError, match=r"could not be downloaded \(no route to host\); put its files there"):
         open_source("torchvision:cifar10")
+
+
+def test_nothing_is_written_among_the_images(tmp_path):
+    (tmp_path / "photos/a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for data, out in (("photos", "photos"), ("photos", "photos/run"), ("photos", "link/a/run"), ("link", "photos/x")):
+        with pytest.raises(InputError, match="lies in the images of"):
+            refuse_inside(str(tmp_path / data), tmp_path / out)
+    with pytest.raises(InputError, match="lies in the images of"):
+        refuse_inside([tmp_path / "absent", tmp_path / "photos"], str(tmp_path / "photos/run"))
+    for data, out in (("photos", "photos2"), ("photos/a", "photos/run"), ("absent", "absent/run")):
+        refuse_inside(str(tmp_path / data), tmp_path / out)
+    refuse_inside((np.zeros(1), np.zeros(1)), tmp_path)

@@ -428,7 +428,8 @@ def crop_image(image: np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.
     """`crop` for one large image: (h, w, 3) uint8 to (3, size, size) uint8, rounded also between its two passes."""
     top, left, height, width = box.tolist()
     # Cropping first keeps the taps inside the box, as `crop` does.
-    part = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+    pixels = image[top : top + height, left : left + width]
+    part = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
     cut = F.interpolate(part, (size, size), mode="bicubic", antialias=True)
     return (cut.flip(3) if flip else cut)[0].contiguous().numpy()
 

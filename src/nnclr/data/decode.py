@@ -82,8 +82,8 @@ def decode(data: bytes, reduction: Callable[[int, int], int] | None = None) -> n
 
     Args:
         data: content of a JPEG, PNG, WebP, BMP, TIFF or GIF file.
-        reduction: height and width of the upright image -> 1, 2, 4 or 8, by which its sides are divided (rounded up).
-            It is asked before a JPEG is decoded, which then takes less time and memory; other formats ignore it.
+        reduction: height and width of the upright image -> 1, 2, 4 or 8, by which its sides may be divided (rounded
+            up). It is asked before a JPEG is decoded, which then takes less time and memory; other formats ignore it.
 
     Returns:
         (h, w, 3) uint8.
@@ -131,6 +131,8 @@ def _jpeg(data: bytes, image: Image.Image, reduction: Callable[[int, int], int] 
             return None
         turned = _ORIENTATIONS.get(orientation, _AS_IT_IS)[0]
         factor = 1 if reduction is None else reduction(*((width, height) if turned else (height, width)))
+        while orientation != 1 and (height % factor or width % factor):  # what is rounded up must stay at the end
+            factor //= 2
         least = {} if factor == 1 else {"min_height": -(-height // factor), "min_width": -(-width // factor)}
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, min_factor=factor, **least)
     except ValueError:  # also for what libjpeg only warns of, such as a missing end

@@ -35,7 +35,8 @@ from nnclr.errors import DataError
 
 MOST_BAD = 0.001  # share of unreadable images above which a run stops, but never for 10 or fewer
 _RESIDENT_BYTES = {"cpu": 4 << 30, "cuda": 20 << 30}
-_RESIDENT_PIXELS_CPU = 128  # above this side Pillow's resize in threads is faster than a batched product
+_RESIDENT_PIXELS_CPU = 128  # above this side a resize in threads is faster than a batched product
+_REDUCTIONS = (1, 2, 4, 8)  # of the sides, that JPEG decoding offers
 _PART = 8  # images that a thread takes at a time
 _TOGETHER = 16 << 20  # bytes of decoded images above which a thread cuts them before it decodes more
 _AHEAD = {"cpu": 1, "cuda": 3}  # batches that are made before they are asked for
@@ -167,8 +168,9 @@ def check_bad(bad: dict[int, str], source: Source) -> None:
     if len(bad) > limit:
         where, why = next(iter(bad.items()))
         raise DataError(
-            f"{len(bad)} of the {len(source)} images of {source.name} cannot be read, more than the {limit} that "
-            f"are skipped silently; the first is {source.describe(where)} ({why}): remove or repair them"
+            f"at least {len(bad)} of the {len(source)} images of {source.name} cannot be read, more than the {limit} "
+            f"that are left out; the first is {source.describe(where)} ({why}): remove or repair those that "
+            "nnclr data check lists"
         )
 
 
@@ -326,19 +328,18 @@ class StreamLoader:
         return image
 
     def _open(self, work: _Work, row: int) -> _Image | None:
-        size, factor = None, 1
+        sizes = []
 
         def reduction(height: int, width: int) -> int:
-            nonlocal size, factor
-            size, factor = (height, width), self._reduction(work, row, height, width)
-            return factor
+            sizes.append((height, width))
+            return self._reduction(work, row, height, width)
 
         pixels = _read(self.source, int(work.ids[row]), self.bad, reduction)
         if pixels is None:
             return None
-        if size is None or pixels.shape[:2] == size:
-            return _Image(pixels, pixels.shape[:2], 1)
-        return _Image(pixels, size, factor)
+        height, width = sizes[0] if sizes else pixels.shape[:2]
+        factor = next(f for f in _REDUCTIONS if pixels.shape[:2] == (-(-height // f), -(-width // f)))
+        return _Image(pixels, (height, width), factor)
 
     def _reduction(self, work: _Work, row: int, height: int, width: int) -> int:
         """How much smaller an image may be decoded, so that every crop still has at least the pixels of its view."""
@@ -350,7 +351,7 @@ class StreamLoader:
             for view, (_, numbers) in zip(views, work.drawn, strict=True)
         ]
         room = min(min(box[2:]) / view.size for view, box in zip(views, boxes, strict=True))
-        return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
+        return max(factor for factor in _REDUCTIONS if factor <= max(room, 1))
 
     def _wait(self, work: _Work, parts: list[Future[None]]) -> Batch:
         began = time.perf_counter()

@@ -119,21 +119,7 @@ def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
     paths = f"{image}.path" if _is_struct(kind) and kind.get_field_index("path") >= 0 else None
     small = list(dict.fromkeys([*([label] if label else []), *filters, *([paths] if paths else [])]))
     tables = [_small_columns(*each, small) for each in zip(found, metadata, strict=True)]
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InputError(f"a column of {name} is not of one kind in all files: {safe(first_line(error))}") from error
-    kept = np.ones(sum(pictures.rows), bool)
-    for column, value in filters.items():
-        try:
-            kept &= np.asarray(pc.equal(pc.cast(table[column], pa.string()), value).fill_null(False))
-        except pa.ArrowException as error:
-            raise InputError(
-                f"{name}: column '{safe(column)}' holds {safe(table[column].type)}, so no row can be chosen by it"
-            ) from error
-    if not kept.any():
-        wanted = " and ".join(safe(f"{column}={value}") for column, value in filters.items())
-        raise InputError(f"{name} has no row with {wanted or 'images'}")
+    table, kept = _chosen(tables, filters, name)
     groups = np.repeat(np.arange(len(pictures.rows)), pictures.rows)[kept]
     rows = np.concatenate([np.arange(n) for n in pictures.rows])[kept]
     names = pc.struct_field(table[image], "path").filter(pa.array(kept)) if paths else None
@@ -210,6 +196,33 @@ def _small_columns(file: File, metadata: Any, columns: list[str]) -> Any:
             return pq.ParquetFile(opened, metadata=metadata).read(columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.name} cannot be read: {first_line(error)}") from error
+
+
+def _chosen(tables: list[Any], filters: dict[str, str], name: str) -> tuple[Any, np.ndarray]:
+    """The small columns of all files as one table, and which of its rows have these values.
+
+    Raises:
+        InputError: if the files do not fit each other, a column cannot be compared, or no row is left.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"a column of {name} is not of one kind in all files: {safe(first_line(error))}") from error
+    kept = np.ones(sum(len(each) for each in tables), bool)
+    for column, value in filters.items():
+        try:
+            kept &= np.asarray(pc.equal(pc.cast(table[column], pa.string()), value).fill_null(False))
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{name}: column '{safe(column)}' holds {safe(table[column].type)}, so no row can be chosen by it"
+            ) from error
+    if not kept.any():
+        wanted = " and ".join(safe(f"{column}={value}") for column, value in filters.items())
+        raise InputError(f"{name} has no row with {wanted or 'images'}")
+    return table, kept
 
 
 def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:

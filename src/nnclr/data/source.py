@@ -12,7 +12,7 @@ import torch
 from nnclr.data.array_file import npy_source
 from nnclr.data.folder import folder_source
 from nnclr.data.hub import hub_source
-from nnclr.data.images import Source, array_source
+from nnclr.data.images import Source, array_source, shown
 from nnclr.data.named import torchvision_source
 from nnclr.data.parquet import parquet_source
 from nnclr.data.photos import photo_patches
@@ -24,6 +24,14 @@ ACCEPTED = (
     "a folder of images, a list of folders, a folder of shards, SHARDS.tar, FILES.parquet, FILE.npy, "
     "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, an array of images, or a pair (images, labels)"
 )
+
+
+def refuse_inside(data: Any, out: str | Path) -> None:
+    """Raise the InputError for an output below a folder of images: what is written there would be among them."""
+    for part in data if isinstance(data, (list, tuple)) else [data]:
+        folder = os.path.realpath(part) if isinstance(part, (str, os.PathLike)) and os.path.isdir(part) else None
+        if folder is not None and Path(os.path.realpath(out)).is_relative_to(folder):
+            raise InputError(f"--out {shown(out)} lies in the images of {shown(part)}; choose one outside of them")
 
 
 def open_source(data: Any) -> Source:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def write_atlas(
     except OSError as error:
         raise StorageError(f"{shown} could not be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only folder has said so above
+            temporary.unlink(missing_ok=True)
     say(f"{len(collection):,} pictures in {shown}; open it, in a browser with WebGPU, by")
     say(f"uvx embedding-atlas {shown} --image image --x x --y y --neighbors neighbors")
 

@@ -1,0 +1,69 @@
+import json
+import time
+
+import numpy as np
+import pytest
+
+import nnclr
+from nnclr import progress
+from nnclr.data import loader as loader_module
+from nnclr.data.images import Source
+from nnclr.progress import Window, slow_data
+
+
+@pytest.mark.parametrize(
+    ("share", "workers", "cores", "words"),
+    [
+        (0.2, 2, 8, None),
+        (0.43, 2, 8, "data: 43 % of step time with 2 workers; try --num-workers 5"),
+        (0.43, 2, 4, "data: 43 % of step time with 2 workers; try --num-workers 4"),
+        (0.5, 1, 16, "data: 50 % of step time with 1 worker; try --num-workers 3"),
+        (1.0, 0, 16, "data: 100 % of step time with 0 workers; try --num-workers 9"),
+        (0.6, 4, 4, "data: 60 % of step time with 4 workers, as many as cores; decoding is the limit: smaller files by "
+                    "`nnclr pack`, or more cores"),
+    ],
+)  # fmt: skip
+def test_a_slow_loader_in_words(share, workers, cores, words):
+    assert slow_data(share, workers, cores) == words
+
+
+def test_a_window_tells_waiting_working_and_the_rest_apart(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    window = Window()
+    for _ in range(4):
+        clock[0] += 2.0
+        window.add(0.5)
+    clock[0] += 2.0
+    window.exclude(2.0)
+    assert window.seconds() == 8
+    assert window.data_share() == 0.25
+    assert window.aside_share() == 0.2
+    assert window.rate(10) == 5
+
+
+def slow(pixels, seconds):
+    def fetch(i):
+        time.sleep(seconds)
+        return pixels[i]
+
+    return Source("slow", len(pixels), fetch, str, "0" * 64)
+
+
+@pytest.mark.parametrize("limit", [progress.SLOW_DATA, 1.0])
+def test_a_run_says_once_that_its_data_is_slow(tmp_path, tiny, capsys, monkeypatch, limit):
+    """In the run's metrics, the parts of a step are shares."""
+    monkeypatch.setattr(loader_module, "load_resident", lambda *_: (None, {}))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(progress, "SLOW_DATA", limit)
+    pixels = np.random.default_rng(0).integers(0, 256, (72, 16, 16, 3), dtype=np.uint8)
+    settings = tiny | {"quiet": False, "num_workers": 1, "epochs": 4}
+    run = nnclr.pretrain(slow(pixels, 0.02), tmp_path / "run", **settings)
+    said = [line for line in capsys.readouterr().out.splitlines() if "--num-workers" in line]
+    assert len(said) == (1 if limit < 1 else 0)
+    assert all("with 1 worker; try --num-workers" in line for line in said)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["data_share"] <= 1 for line in lines)
+    assert all(0 <= line["aside_share"] < 1 for line in lines)
+    assert max(line["aside_share"] for line in lines) > 0  # evaluations and checkpoints
+    assert np.mean([line["data_share"] for line in lines]) > 0.5
