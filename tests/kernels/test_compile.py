@@ -12,9 +12,9 @@ from nnclr.data import augment as A
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  (after it is known that there is a Triton)
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402  (likewise)
 
-from nnclr.kernels import augment_triton, lookup_triton  # noqa: E402
+from nnclr.kernels import augment_triton, lookup_triton  # noqa: E402  (which import Triton)
 
 H100 = GPUTarget("cuda", 90, 32)
 TYPES = {
