@@ -78,7 +78,10 @@ def test_unwritable_out_is_code_2(capsys, tmp_path, photos):
     (tmp_path / "file").write_text("x")
     fails(capsys, tmp_path, 2, "cannot be written", "pretrain", photos, "--out", tmp_path / "file" / "run", *FLAGS)
     fails(capsys, tmp_path, 2, "is a file", "pretrain", photos, "--out", tmp_path / "file", *FLAGS)
-    fails(capsys, tmp_path, 2, "is not empty and holds no run", "pretrain", photos, "--out", photos, *FLAGS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    fails(capsys, tmp_path, 2, "is not empty and holds no run", "pretrain", photos, "--out", tmp_path / "mine", *FLAGS)
+    fails(capsys, tmp_path, 2, "lies in the images of", "pretrain", photos, "--out", photos, *FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_the_command(photos, tmp_path, capsys):
     assert cli.main(["data", "check", str(photos)]) == 81
     seen = capsys.readouterr()
     assert "unreadable    11 not_an_image 11" in seen.out
-    assert seen.err.startswith("nnclr: 11 of the 61 images")
+    assert seen.err.startswith("nnclr: at least 11 of the 61 images")
     assert cli.main(["data", "look", str(photos)]) == 2
     assert cli.main(["data", "check", str(tmp_path / "nowhere")]) == 2
 

@@ -114,4 +114,6 @@ if __name__ == "__main__":
     except nnclr.errors.NNCLRError as error:  # as the command does
         if not error.told:
             print(f"nnclr: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # as `python -m nnclr`: threads of the communication library may still wait
