@@ -10,13 +10,13 @@ import pytest
 import tyro
 
 from nnclr import cli, options
-from nnclr.arguments import mistake, options_of
+from nnclr.arguments import mistake, options_of, parse
 from nnclr.config import Config
 
 VERBS = {kind.__name__.lower(): kind for kind in vars(options).values() if dataclasses.is_dataclass(kind)}
 OF_PRETRAIN = {
     "default": Config(data=tyro.MISSING, out=tyro.MISSING),
-    "config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    "config": (tyro.conf.AvoidSubcommands,),
 }
 
 
@@ -31,11 +31,11 @@ OF_PRETRAIN = {
         ("pretrain x --out y --epochs many", "--epochs many must be a number; see nnclr pretrain --help"),
         ("pretrain x --out y --batch-size 1.5", "--batch-size 1.5 must be a whole number; see nnclr pretrain --help"),
         ("pretrain x --out y --warmup-epochs x", "--warmup-epochs x must be a number; see nnclr pretrain --help"),
-        ("pretrain x --out y --exclude-own-id", "--exclude-own-id lacks its value; see nnclr pretrain --help"),
         (
             "pretrain x --out y --exclude-own-id maybe",
-            "--exclude-own-id maybe is not one of True, False; see nnclr pretrain --help",
+            "'maybe' is one word too many for nnclr pretrain; see nnclr pretrain --help",
         ),
+        ("pretrain x --out y --exclude-own-id=maybe", "--exclude-own-id takes no value; see nnclr pretrain --help"),
         (
             "pretrain x --out y --log-to paper",
             "--log-to paper is not one of tensorboard, wandb, mlflow; see nnclr pretrain --help",
@@ -59,6 +59,24 @@ def test_a_mistake_is_one_sentence(capsys, command, said):
     assert cli.main(command.split()) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"nnclr: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "excluded", "predictor"),
+    [
+        ("", False, True),
+        ("--exclude-own-id", True, True),
+        ("--exclude_own_id=True --no-use-predictor", True, False),
+        ("--use-predictor False --exclude-own-id true", True, False),
+        ("--no-exclude-own-id --use-predictor", False, True),
+        ("--exclude-own-id False --use-predictor=true", False, True),
+    ],
+)
+def test_a_switch_needs_no_value_and_takes_one(words, excluded, predictor):
+    config = parse(Config, ["x", "--out", "True", *words.split()], "pretrain", **OF_PRETRAIN)
+    assert (config.exclude_own_id, config.use_predictor, config.out) == (excluded, predictor, "True")
+    folder = parse(options.Pack, ["--", "--exclude-own-id", "True"], "pack")
+    assert (folder.data, folder.out) == ("--exclude-own-id", "True")  # behind -- words are words
 
 
 def test_help_is_tyros_own(capsys):
@@ -105,7 +123,7 @@ def command(rng, made):
 @pytest.mark.parametrize("verb", ["pretrain", *VERBS])
 def test_a_mistake_is_found_where_tyro_finds_one(verb):
     kind, settings = (Config, OF_PRETRAIN) if verb == "pretrain" else (VERBS[verb], {})
-    made = options_of(kind, settings.get("default"), switches=verb != "pretrain")
+    made = options_of(kind, settings.get("default"))
     rng, refused = random.Random(verb), 0
     for _ in range(60):
         words = command(rng, made)

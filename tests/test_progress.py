@@ -1,11 +1,12 @@
 import json
+import re
 import time
 
 import numpy as np
 import pytest
 
 import nnclr
-from nnclr import progress
+from nnclr import progress, recorder
 from nnclr.data import loader as loader_module
 from nnclr.data.images import Source
 from nnclr.progress import Window, slow_data
@@ -67,3 +68,17 @@ def test_a_run_says_once_that_its_data_is_slow(tmp_path, tiny, capsys, monkeypat
     assert all(0 <= line["aside_share"] < 1 for line in lines)
     assert max(line["aside_share"] for line in lines) > 0  # evaluations and checkpoints
     assert np.mean([line["data_share"] for line in lines]) > 0.5
+
+
+@pytest.mark.parametrize("after", [-1.0, 1e9])
+def test_a_slow_run_says_how_long_it_will_take_before_its_first_figures(
+    pictures, tmp_path, tiny, capsys, monkeypatch, after
+):
+    monkeypatch.setattr(recorder, "ESTIMATE_AFTER", after)
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"quiet": False, "log_every_steps": 4, "epochs": 2})
+    lines = capsys.readouterr().out.splitlines()
+    said = [i for i, line in enumerate(lines) if "a step:" in line]
+    assert len(said) == (1 if after < 0 else 0)
+    for i in said:
+        assert re.fullmatch(r"0\.\d s a step: \d+ s left, first figures at step 4 in \d+ s", lines[i])
+        assert i < next(j for j, line in enumerate(lines) if line.startswith("step     4/10"))

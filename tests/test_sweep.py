@@ -65,7 +65,9 @@ def test_a_sweep_runs_its_grid_and_reports_it(spec, tmp_path, capsys):
         assert row["interval"] == pytest.approx(12.706 * spread / 2, abs=1e-6)
         assert f"| {100 * row['mean']:.1f} +- {100 * row['interval']:.1f} |" in (out / "table.md").read_text()
     assert (out / "plot.png").stat().st_size > 5_000
-    assert "run 4 of 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "run 4 of 4" in said
+    assert "finished before" not in said
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("tensors.safetensors")}
     (out / "table.md").unlink()
@@ -73,6 +75,20 @@ def test_a_sweep_runs_its_grid_and_reports_it(spec, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("tensors.safetensors")} == before
     assert json.loads((out / "results.json").read_text())["rows"] == rows
     assert (out / "table.md").is_file()
+    assert capsys.readouterr().out.count(": finished before\n") == 4
+
+
+def test_a_folder_with_something_else_is_no_place_for_a_sweep(spec, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("work of years")
+    for out, words in (
+        ("mine", "something else"),
+        ("mine/thesis.tex", "something else"),
+        ("photos/x", "lies in the images"),
+    ):
+        assert cli.main(["sweep", str(spec), "--out", str(tmp_path / out)]) == 2
+        assert words in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(

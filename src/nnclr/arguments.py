@@ -19,6 +19,7 @@ from nnclr.errors import InputError
 
 Options = TypeVar("Options")
 _KINDS = {int: "a whole number", float: "a number"}
+_TRUTH = ("true", "false")
 _NUMBERS = ("-inf", "-infinity", "-nan")  # that look like flags
 
 
@@ -36,6 +37,8 @@ def parse(kind: type[Options], words: Sequence[str], verb: str, also: Sequence[s
         InputError: naming the first word that is wrong, or what is missing.
         SystemExit: after --help was printed.
     """
+    made = options_of(kind, settings.get("default"))
+    words = without_truth_values(made, words)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # where tyro draws its box
             options: Options = tyro.cli(kind, args=words, prog=f"nnclr {verb}", **settings)
@@ -43,9 +46,7 @@ def parse(kind: type[Options], words: Sequence[str], verb: str, also: Sequence[s
     except SystemExit as left:
         if not left.code:
             raise
-    switches = tyro.conf.FlagConversionOff not in settings.get("config", ())
-    wrong = mistake(options_of(kind, settings.get("default"), switches), words, verb, also)
-    wrong = wrong or f"nnclr {verb} does not understand these arguments"
+    wrong = mistake(made, words, verb, also) or f"nnclr {verb} does not understand these arguments"
     raise InputError(wrong if wrong.endswith("?") else f"{wrong}; see nnclr {verb} --help")
 
 
@@ -76,18 +77,12 @@ class Option:
         return None
 
 
-def options_of(kind: Any, default: Any = None, switches: bool = True) -> tuple[Option, ...]:
-    """The options of a dataclass as tyro understands them.
-
-    Args:
-        kind: the dataclass.
-        default: an instance whose values are the defaults.
-        switches: whether a truth value is a flag without value; else it takes True or False.
-    """
-    return tuple(_options(kind, default, switches))
+def options_of(kind: Any, default: Any = None) -> tuple[Option, ...]:
+    """The options of a dataclass as tyro understands them; the defaults are those of an instance, if there is one."""
+    return tuple(_options(kind, default))
 
 
-def _options(kind: Any, default: Any, switches: bool) -> Iterator[Option]:
+def _options(kind: Any, default: Any) -> Iterator[Option]:
     annotated, plain = get_type_hints(kind, include_extras=True), get_type_hints(kind)
     for field in dataclasses.fields(kind):
         extras, inner = getattr(annotated[field.name], "__metadata__", ()), plain[field.name]
@@ -97,14 +92,31 @@ def _options(kind: Any, default: Any, switches: bool) -> Iterator[Option]:
             inner = next(part for part in get_args(inner) if part is not NoneType)
         several = get_origin(inner) is tuple
         inner = get_args(inner)[0] if several else inner
-        choices = get_args(inner) if get_origin(inner) is Literal else ("True", "False") if inner is bool else ()
+        choices = get_args(inner) if get_origin(inner) is Literal else ()
         name = (said and said.name) or field.name.replace("_", "-")
-        positional, switch = tyro.conf.Positional in extras, inner is bool and switches
+        positional, switch = tyro.conf.Positional in extras, inner is bool
         names = [(said and said.metavar) or name.upper()] if positional else [f"--{name}"]
         names += [*((said and said.aliases) or ()), *([f"--no-{name}"] if switch else ())]
         value = field.default if default is None else getattr(default, field.name)
         needed = value in (dataclasses.MISSING, tyro.MISSING) and not (positional and several)
         yield Option(tuple(names), positional, needed, several, switch, inner, choices, may_be_none)
+
+
+def without_truth_values(options: Sequence[Option], words: Sequence[str]) -> list[str]:
+    """The words with `--switch` for `--switch True` and `--no-switch` for `--switch False`, as config files put it."""
+    switches = {name for option in options if option.switch for name in option.names if not name.startswith("--no-")}
+    rest, plain = deque(words), []
+    while rest:
+        word = rest.popleft()
+        name, *values = _split(word, {})
+        if name in switches and not values and rest and rest[0].lower() in _TRUTH:
+            values = [rest.popleft()]
+        if name in switches and values and values[0].lower() in _TRUTH:
+            word = name if values[0].lower() == "true" else f"--no-{name[2:]}"
+        plain.append(word)
+        if word == "--":
+            break
+    return [*plain, *rest]
 
 
 def mistake(options: Sequence[Option], words: Sequence[str], verb: str, also: Sequence[str] = ()) -> str | None:

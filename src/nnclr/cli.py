@@ -109,7 +109,7 @@ def pretrain(arguments: list[str]) -> None:
         default=default,
         description="Train a backbone without labels; run the same command again to resume. With --dry-run: show what "
         "the run would be, try two steps of it, and leave nothing behind.",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands,),
     )
     if ":" in config.objective:
         sys.path.insert(0, "")  # MODULE:CLASS may lie in the working directory, as with python -m

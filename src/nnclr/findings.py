@@ -388,7 +388,7 @@ def _neighbours(record: Record) -> Iterator[Finding]:
     if own:
         often = own[-1][1] > 0.3
         text = f"{percent(own[-1][1])} of the neighbours are an older embedding of the image itself"
-        advice = ": they teach little; use a smaller --support-set-size or --exclude-own-id True" if often else ""
+        advice = ": they teach little; use a smaller --support-set-size or --exclude-own-id" if often else ""
         yield Finding("Own image", f"{text}{advice}.", "bad" if often else "plain")
 
 

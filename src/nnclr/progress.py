@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 SLOW_DATA = 0.2  # share of the step time spent waiting for batches above which it is said
+ESTIMATE_AFTER = 10.0  # seconds without a line of figures
 _EVERY = 10.0  # seconds between two lines
 
 

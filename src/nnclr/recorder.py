@@ -23,7 +23,7 @@ from nnclr.errors import StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
 from nnclr.objectives import NNCLR, Output
-from nnclr.progress import Reporter, Window, metrics_line, slow_data
+from nnclr.progress import ESTIMATE_AFTER, Reporter, Window, duration, metrics_line, slow_data
 from nnclr.tracking import Tracker
 
 
@@ -92,7 +92,7 @@ class Recorder:
         self.tracker: Tracker | None = None
         self.writer = checkpoint.BackgroundWriter()
         self.finished = False
-        self.lines_logged, self.slow_data_said = 0, False
+        self.lines_logged, self.estimated, self.slow_data_said = 0, False, False
 
     def start(self, skipped: list[str] | None) -> None:
         """Say what is about to happen; evaluate the untrained network of a fresh run."""
@@ -146,12 +146,24 @@ class Recorder:
         logged, evaluated, saved = self._due()
         self.window.add(batch.seconds)
         self.reporter.step(step, f"{self.window.rate(self.plan.batch_size):.0f} img/s")
+        if not (logged or self.lines_logged or self.estimated) and self.window.seconds() > ESTIMATE_AFTER:
+            self._estimate()
         if logged:
             self._log(batch, out, rate, grad_norm)
         if evaluated:
             self._evaluate()
         if saved and step < self.total:
             self.save()
+
+    def _estimate(self) -> None:
+        """Before the first line of figures, where that takes long: how long all of it will."""
+        step, each = self.state.step, self.window.seconds() / self.window.steps
+        first = min(-(-step // self.log_every) * self.log_every, self.total)
+        self.reporter.say(
+            f"{each:.1f} s a step: {duration(each * (self.total - step))} left, first figures at step {first} "
+            f"in {duration(each * (first - step))}"
+        )
+        self.estimated = True
 
     def save(self) -> None:
         """A checkpoint, and the encoder of this step: copied now, written in the background, the checkpoint first.

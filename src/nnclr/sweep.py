@@ -27,7 +27,7 @@ from typing import Any
 
 from nnclr.checkpoint import write_atomically
 from nnclr.data.images import Source
-from nnclr.data.source import open_source, test_split
+from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.errors import InputError, NonFiniteError
 from nnclr.evaluation.metrics import half_width
 from nnclr.plots import draw_sweep
@@ -106,10 +106,13 @@ def run_sweep(path: Path, out: Path, quiet: bool = False) -> Path:
         The table's path.
 
     Raises:
-        InputError: if the SPEC is wrong, or the images have no labels to measure with.
+        InputError: if the SPEC is wrong, the images have no labels to measure with, or `out` holds something else.
     """
     spec = read_spec(path)
     cells = list(spec.cells())
+    refuse_inside(spec.data, out)
+    if out.is_file() or (out.is_dir() and not _is_ours(out)):
+        raise InputError(f"--out {out} holds something else than a sweep; choose a new folder")
     if any(":" in str(name) for name in [spec.settings.get("objective"), *spec.grid.get("objective", [])]):
         sys.path.insert(0, "")  # MODULE:CLASS may lie in the working directory, as with python -m
     check(spec, out)
@@ -118,6 +121,11 @@ def run_sweep(path: Path, out: Path, quiet: bool = False) -> Path:
         rows.append(_run_cell(spec, out, cell, len(rows) * len(spec.seeds), quiet))
         _write(out, path, spec, rows)
     return out / "table.md"
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder is empty or was begun by a sweep."""
+    return not any(out.iterdir()) or (out / "results.json").is_file() or any(out.glob("*-seed*/config.toml"))
 
 
 def _run_cell(spec: Spec, out: Path, cell: dict[str, Any], done: int, quiet: bool) -> dict[str, Any]:
@@ -130,7 +138,8 @@ def _run_cell(spec: Spec, out: Path, cell: dict[str, Any], done: int, quiet: boo
         fields = {**spec.settings, **cell, "seed": seed}
         name = f"{_slug(cell)}-seed{seed}"
         if not quiet:
-            print(f"run {number} of {total}: {name}", flush=True)
+            before = ": finished before" if (out / name / "report.html").exists() else ""
+            print(f"run {number} of {total}: {name}{before}", flush=True)
         try:
             run = pretrain(spec.data, out / name, preset=spec.preset, test_data=spec.test_data, quiet=True, **fields)
         except NonFiniteError as error:  # as much an outcome of this combination as a figure
