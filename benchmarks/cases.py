@@ -6,10 +6,11 @@ sides and says in words how equal they are, or raises. Peers are imported inside
 
 import importlib.util
 import io
+import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 BATCH, TEMPERATURE = 256, 0.1
+STEPS = 128  # with embeddings of their own
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,15 @@ def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
 # Look-up, loss and backward of one step.
 
 
-def _step_inputs(m: int, d: int, crowd: float) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Embeddings in ten crowds, of about this cosine similarity inside a crowd; 0 for none."""
+Pair = list[torch.Tensor]  # of two views, (BATCH, d) each
+
+
+def _step_inputs(m: int, d: int, crowd: float) -> tuple[torch.Tensor, Iterator[Pair], Pair]:
+    """A full support set, the embeddings of step after step, and predictions that ask for their gradient.
+
+    Embeddings are in ten crowds, of about this cosine similarity inside a crowd; 0 for none. Those of two steps differ:
+    with copies of its queries in the support set a look-up would have more and more candidates to compare.
+    """
     centres = F.normalize(_normal(10, d, seed=7), dim=1)
     spread = (1 / crowd - 1) ** 0.5 if crowd else 1.0
 
@@ -51,19 +60,20 @@ def _step_inputs(m: int, d: int, crowd: float) -> tuple[torch.Tensor, list[torch
         return spread * vectors + (centres[torch.arange(n) % 10] if crowd else 0.0)
 
     bank = F.normalize(drawn(m, 0), dim=1)
-    z = [drawn(BATCH, 1 + i) for i in range(2)]
-    return bank, z, [_normal(BATCH, d, seed=3 + i).requires_grad_() for i in range(2)]
+    steps = [[drawn(BATCH, 100 + 2 * step + i) for i in range(2)] for step in range(STEPS)]
+    return bank, itertools.cycle(steps), [_normal(BATCH, d, seed=3 + i).requires_grad_() for i in range(2)]
 
 
 def _lookup(m: int, d: int, crowd: float = 0.0) -> dict[str, Callable[[], Callable[[], Any]]]:
     def ours() -> Callable[[], Any]:
         import nnclr
 
-        bank, z, p = _step_inputs(m, d, crowd)
+        bank, steps, p = _step_inputs(m, d, crowd)
         support_set = nnclr.SupportSet(m, d)
         support_set.enqueue(bank)
 
         def step() -> Any:
+            z = next(steps)
             one, two = support_set.nearest(torch.cat(z)).embeddings[:, 0].chunk(2)
             loss = (nnclr.nnclr_loss(one, p[1], TEMPERATURE) + nnclr.nnclr_loss(two, p[0], TEMPERATURE)) / 2
             loss.backward()
@@ -76,11 +86,12 @@ def _lookup(m: int, d: int, crowd: float = 0.0) -> dict[str, Callable[[], Callab
         from lightly.loss import NTXentLoss
         from lightly.models.modules import NNMemoryBankModule
 
-        bank, z, p = _step_inputs(m, d, crowd)
+        bank, steps, p = _step_inputs(m, d, crowd)
         memory, criterion = NNMemoryBankModule(size=(m, d)), NTXentLoss(temperature=TEMPERATURE)
         memory.bank = bank.clone()
 
         def step() -> Any:
+            z = next(steps)
             two, one = memory(z[1], update=False), memory(z[0], update=True)
             loss = (criterion(one, p[1]) + criterion(two, p[0])) / 2
             loss.backward()
@@ -89,18 +100,23 @@ def _lookup(m: int, d: int, crowd: float = 0.0) -> dict[str, Callable[[], Callab
         return step
 
     def plain() -> Callable[[], Any]:
-        bank, z, p = _step_inputs(m, d, crowd)
+        bank, steps, p = _step_inputs(m, d, crowd)
 
         def half(query: torch.Tensor, prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             found = bank[(F.normalize(query, dim=1) @ bank.T).max(dim=1).indices]
             logits = found @ F.normalize(prediction, dim=1).T / TEMPERATURE
             return found, F.cross_entropy(logits, torch.arange(BATCH))
 
+        place = 0
+
         def step() -> Any:
+            nonlocal place
+            z = next(steps)
             (one, first), (two, second) = half(z[0], p[1]), half(z[1], p[0])
             loss = (first + second) / 2
             loss.backward()
-            bank[:BATCH] = F.normalize(z[0], dim=1)
+            bank[place : place + BATCH] = F.normalize(z[0], dim=1)
+            place = (place + BATCH) % m
             return one, two, loss
 
         return step
@@ -110,8 +126,8 @@ def _lookup(m: int, d: int, crowd: float = 0.0) -> dict[str, Callable[[], Callab
 
 def _lookup_check(m: int, d: int, crowd: float = 0.0) -> Callable[[], str]:
     def check() -> str:
-        bank, z, _ = _step_inputs(m, d, crowd)
-        exact = bank[(F.normalize(torch.cat(z), dim=1).double() @ bank.double().T).argmax(dim=1)]
+        bank, steps, _ = _step_inputs(m, d, crowd)
+        exact = bank[(F.normalize(torch.cat(next(steps)), dim=1).double() @ bank.double().T).argmax(dim=1)]
         found = {name: side()() for name, side in _lookup(m, d, crowd).items()}
         counts = {}
         for name, (one, two, _) in found.items():

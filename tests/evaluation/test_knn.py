@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from nnclr.evaluation import knn
 from nnclr.evaluation.knn import cross_group_recall, knn_accuracy, knn_predict, nearest_rows
 from tests.reference import unit
 
@@ -50,6 +51,47 @@ def test_blocks_do_not_change_the_result(clusters, block):
     assert torch.equal(knn_predict(train, labels, test, 7, block=block), whole)
 
 
+def crowd(rows, queries, spread):
+    """Vectors around three centres; the smaller the spread, the more similarities round to the same bfloat16."""
+    centres = torch.randn(3, 24)
+    return (centres[torch.arange(n) % 3] + spread * torch.randn(n, 24) for n in (rows, queries))
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """As on a CPU that computes in bfloat16, whatever this one does."""
+    monkeypatch.setattr(knn, "bfloat16_is_native", lambda device: True)
+
+
+@pytest.mark.parametrize("spread", [10.0, 0.5, 0.1, 0.0])
+@pytest.mark.parametrize(("rows", "k"), [(1040, 1), (5001, 5), (9001, 20), (5001, 100)])
+def test_candidates_are_the_neighbours_of_a_float64_comparison(native, rows, k, spread):
+    train, test = crowd(rows, 300, spread)
+    train[50] = train[20]  # equal rows
+    exact = torch.from_numpy(unit(test.double().numpy()) @ unit(train.double().numpy()).T)
+    best, where = nearest_rows(train, test, k, block=256)  # 4,096 rows at a time
+    assert all(len(set(row)) == k for row in where.tolist())
+    assert torch.allclose(best.double(), exact.topk(k).values, atol=1e-6)
+    assert torch.allclose(exact.gather(1, where), exact.topk(k).values, atol=1e-6)
+
+
+def test_control_without_the_bound_neighbours_are_missed(native, monkeypatch):
+    monkeypatch.setattr(knn, "least_maximum", lambda kth, queries, moved: kth)
+    train, test = crowd(9001, 300, 0.5)
+    exact = torch.from_numpy(unit(test.double().numpy()) @ unit(train.double().numpy()).T)
+    best, _ = nearest_rows(train, test, 1, block=256)
+    assert not torch.allclose(best.double(), exact.topk(1).values, atol=1e-6)
+
+
+def test_most_rows_are_not_compared_in_float32(native, monkeypatch):
+    products = []
+    compared = knn._of_all
+    monkeypatch.setattr(knn, "_of_all", lambda train, *rest: (products.append(len(train)), compared(train, *rest))[1])
+    train, test = crowd(8201, 50, 10.0)
+    nearest_rows(train, test, 20, block=256)
+    assert products == [9]  # rows that are left over beside groups of 16
+
+
 def test_more_voters_than_rows():
     assert knn_predict(np.eye(3), [0, 1, 2], np.eye(3), 3, k=20).tolist() == [0, 1, 2]
 
@@ -66,6 +108,7 @@ def test_memory_is_bounded():
     code = """
 import resource, torch
 torch.set_num_threads(1)
+from nnclr.evaluation import knn
 from nnclr.evaluation.knn import nearest_rows
 train, test = torch.randn(30000, 8), torch.randn(30000, 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

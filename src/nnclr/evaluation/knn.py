@@ -7,38 +7,112 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnclr.finite import refuse_not_finite
+from nnclr.kernels.lookup import bfloat16_is_native, least_maximum
+
 _BLOCK = 4096  # rows of test and of train that are compared at a time: 64 MiB of similarities
+_WIDE, _QUERIES = 16, 256  # bfloat16 products: blocks of train rows, and queries, at a time, 32 MiB of similarities
+_GROUP, _LEAST = 16, 64  # rows in a group; groups from which on they pay
+_MOST = 0.25  # share of the groups with candidates above which comparing all is faster
 
 
 @torch.no_grad()
 def nearest_rows(train: Tensor, test: Tensor, k: int, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
-    """The k train rows with the largest cosine similarity to each test row, best first.
+    """The k train rows with the largest cosine similarity to each test row, best first, compared in float32.
+
+    Where a CPU computes in bfloat16, products of that type say first which rows are worth comparing.
 
     Args:
         train: (m, d) features, normalised here.
         test: (n, d) features, normalised here.
         k: at most m.
-        block: rows of either side at a time; memory is O(block ** 2), the result does not depend on it.
+        block: rows of either side that are compared at a time; memory is O(block ** 2 + block * d), the result does
+            not depend on it.
 
     Returns:
         Similarities (n, k) float32 and indices (n, k) int64.
     """
+    best = torch.full((len(test), 0), 0.0, device=train.device)
+    where = torch.zeros(len(test), 0, dtype=torch.int64, device=train.device)
+    quick = train.device.type == "cpu" and bfloat16_is_native(train.device)
+    start = 0
     with torch.autocast(train.device.type, enabled=False):
-        similarities, indices = [], []
-        for rows in test.split(block):
-            queries = F.normalize(rows.float(), dim=1)
-            best = queries.new_full((len(queries), 0), 0.0)
-            where = torch.zeros(len(queries), 0, dtype=torch.int64, device=train.device)
-            for start in range(0, len(train), block):
-                # Normalised block by block: a copy of the whole would need as much memory again.
-                scores = queries @ F.normalize(train[start : start + block].float(), dim=1).T
-                top, index = scores.topk(min(k, scores.shape[1]), dim=1)
-                best, where = torch.cat([best, top], 1), torch.cat([where, index + start], 1)
-                best, order = best.topk(min(k, best.shape[1]), dim=1)
-                where = where.gather(1, order)
-            similarities.append(best)
-            indices.append(where)
-    return torch.cat(similarities), torch.cat(indices)
+        while start < len(train):
+            some = train[start : start + (_WIDE * block if quick else block)]
+            if quick and len(some) >= _GROUP * max(k, _LEAST):
+                some = some[: len(some) // _GROUP * _GROUP]
+                tops, places = _of_candidates(some, test, k, block, best[:, k - 1 :])
+            else:
+                tops, places = _of_all(some, test, min(k, len(some)), block)
+            both = torch.cat([best, tops], 1), torch.cat([where, places + start], 1)
+            best, order = both[0].topk(min(k, both[0].shape[1]), dim=1)
+            where = both[1].gather(1, order)
+            start += len(some)
+    return best, where
+
+
+def _of_all(train: Tensor, test: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
+    """The k best of some train rows for each test row, by comparing all of them."""
+    found = []
+    for queries in test.split(max(1, block * block // len(train))):
+        # Normalised block by block: a copy of the whole would need as much memory again.
+        unit = F.normalize(queries.float(), dim=1)
+        scores = [unit @ F.normalize(rows.float(), dim=1).T for rows in train.split(block)]
+        found.append(torch.cat(scores, 1).topk(k, dim=1))
+    best, where = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(where)
+
+
+def _of_candidates(train: Tensor, test: Tensor, k: int, block: int, known: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_of_all`, in float32 only where a product in bfloat16 leaves the chance to be among the k best.
+
+    The k-th largest of the maxima of disjoint groups of rows is a similarity that k rows reach, and so is the k-th
+    best one that is `known` (n, 0 or 1) from other rows. What rounding can take from such a row is bounded. Where
+    fewer than k rows are worth comparing, similarity -inf fills up.
+
+    Args:
+        train: (m, d), m a multiple of the group's size.
+        test: (n, d).
+        k: at most the number of groups.
+        block: rows that are normalised at a time.
+        known: similarities (n, 0 or 1) that k other rows reach.
+    """
+    unit = torch.cat([F.normalize(rows.float(), dim=1).to(torch.bfloat16) for rows in train.split(block)])
+    moved = max(
+        float((F.normalize(rows.float(), dim=1) - rounded.float()).norm(dim=1).max())
+        for rows, rounded in zip(train.split(block), unit.split(block), strict=True)
+    )
+    inverse = 1 / train.float().norm(dim=1).clamp(min=1e-12)
+    groups = len(train) // _GROUP
+    found: list[tuple[Tensor, Tensor]] = []
+    for queries, kths in zip(test.split(_QUERIES), known.split(_QUERIES), strict=True):
+        queries = F.normalize(queries.float(), dim=1)
+        # A group is every so-and-so-many-th row, so that the maxima of all are taken along whole lines of memory.
+        scores = (queries.to(torch.bfloat16) @ unit.T).view(-1, _GROUP, groups)
+        maxima = scores.amax(dim=1)
+        kth = maxima.topk(k, dim=1).values[:, -1:].float()
+        floor = torch.stack([least_maximum(some, queries, moved) for some in (*kth.T, *kths.T)]).amax(dim=0)
+        candidates = maxima >= floor[:, None]
+        if candidates.float().mean() > _MOST:  # rows crowd together
+            found.append(_of_all(train, queries, k, block))
+            continue
+        query, group = candidates.nonzero(as_tuple=True)
+        pair, member = (scores[query, :, group] >= floor[query, None]).nonzero(as_tuple=True)
+        query, rows = query[pair], member * groups + group[pair]
+        counts = query.bincount(minlength=len(queries))
+        exact = [
+            train.index_select(0, some).float() @ q
+            for q, some in zip(queries, rows.split(counts.tolist()), strict=True)
+        ]
+        place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+        padded = torch.full((len(queries), max(k, int(counts.max()))), -torch.inf)
+        padded[query, place] = torch.cat(exact) * inverse[rows]
+        its_row = torch.zeros(padded.shape, dtype=torch.int64)
+        its_row[query, place] = rows
+        top, order = padded.topk(k, dim=1)
+        found.append((top, its_row.gather(1, order)))
+    best, where = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(where)
 
 
 def vote(similarities: Tensor, indices: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
@@ -73,8 +147,13 @@ def knn_predict(
 
     Returns:
         (n,) int64 predictions; of equal votes the lowest class wins.
+
+    Raises:
+        InputError: if a feature is not finite.
     """
     train, test = torch.as_tensor(train_features), torch.as_tensor(test_features)
+    for name, features in (("training", train), ("test", test)):
+        refuse_not_finite(features, f"the {name} features")
     labels = torch.as_tensor(train_labels).to(train.device)
     similarities, indices = nearest_rows(train, test, min(k, len(train)), block)
     return vote(similarities, indices, labels, num_classes, k, temperature)

@@ -107,20 +107,21 @@ def group_maxima(z: Tensor, vectors: Tensor, filled: Tensor, block: int) -> Tens
     return maxima
 
 
-def least_maximum(kth: Tensor, z: Tensor) -> Tensor:
+def least_maximum(kth: Tensor, z: Tensor, moved: float | Tensor = ROUNDING) -> Tensor:
     """(n,) float32: what the maximum of a group must reach for the group to hold one of the k best.
 
     Let e bound the error of a computed similarity before it is rounded: what rounding the query moves (known) plus
-    what rounding a slot moves (at most ROUNDING), both by Cauchy-Schwarz. k groups hold a slot each whose exact
+    what rounding a slot moves (at most `moved`), both by Cauchy-Schwarz. k groups hold a slot each whose exact
     similarity is at least kth - e less a rounding; a slot among the k best is not below all of these, and is
     computed at least that less e and a rounding again.
 
     Args:
         kth: (n,) float32, the k-th largest maximum of each query.
         z: (n, d) float32 queries.
+        moved: largest length of what rounding takes from a slot; smaller where it is known.
     """
     rounded = z.to(torch.bfloat16).float()
-    error = (z - rounded).norm(dim=1) + ROUNDING * rounded.norm(dim=1)
+    error = (z - rounded).norm(dim=1) + moved * rounded.norm(dim=1)
     least: Tensor = kth - 2 * error - 2 * ROUNDING * (kth.abs() + 2 * error) - max(_SLACK, z.shape[1] * 2.0**-22)
     return least
 
