@@ -11,7 +11,7 @@ BIN := .venv/bin
 # Threads beyond the cores cost time, and two on a busy machine are slower than one.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help demo test test-slow check install docs bench pins clean
+.PHONY: help demo test test-slow check install docs bench reliability pins clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ test: check  ## lint, types and the test suite
 
 test-slow: install  ## the tests that take minutes
 	$(TEST) -m "slow"
+
+reliability: install  ## the fault suite; writes docs/reliability.md
+	$(TEST) -m "not slow and not gpu" $$($(BIN)/python -m tests.reliability.record)
+	$(BIN)/python -m tests.reliability.page
 
 check: install  ## lint and types
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.reliability.record import pytest_runtest_logreport, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
+
 torch.set_num_threads(1)
 
 

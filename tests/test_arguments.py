@@ -9,7 +9,7 @@ import string
 import pytest
 import tyro
 
-from nnclr import cli, options
+from nnclr import arguments, cli, options
 from nnclr.arguments import mistake, options_of, parse
 from nnclr.config import Config
 
@@ -85,7 +85,13 @@ def test_help_is_tyros_own(capsys):
     assert not left.value.code
     helped = capsys.readouterr()
     with pytest.raises(SystemExit):
-        tyro.cli(options.Search, args=["--help"], prog="nnclr search", description=options.Search.__doc__)
+        tyro.cli(
+            options.Search,
+            args=["--help"],
+            prog="nnclr search",
+            description=options.Search.__doc__,
+            registry=arguments._registry,
+        )
     assert helped == capsys.readouterr()
 
 
@@ -136,3 +142,24 @@ def test_a_mistake_is_found_where_tyro_finds_one(verb):
         wrong = mistake(made, words, verb)
         assert (wrong is None) == right, (words, wrong)
     assert 3 < refused < 57
+
+
+@pytest.mark.parametrize("verb", ["pretrain", *VERBS])
+def test_the_help_shows_no_none_and_the_word_is_still_taken(verb, capsys):
+    kind, settings = (Config, OF_PRETRAIN) if verb == "pretrain" else (VERBS[verb], {})
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"], verb, **settings)
+    shown = capsys.readouterr().out
+    assert "None}" not in shown
+    assert "{None" not in shown
+    assert "{[" not in shown
+    if verb == "evaluate":
+        for words, name, expected in (
+            ("--k None", "k", None),
+            ("--k 3 5", "k", (3, 5)),
+            ("--by None", "by", None),
+            ("--by logistic", "by", "logistic"),
+            ("--fraction 0.5", "fraction", 0.5),
+            ("--out None", "out", None),
+        ):
+            assert getattr(parse(kind, ["RUN", "DATA", *words.split()], verb), name) == expected

@@ -74,9 +74,9 @@ def test_bad_input_is_one_sentence_and_code_2(capsys, monkeypatch, tmp_path, pho
     fails(capsys, tmp_path, 2, words, "pretrain", arguments[0], "--out", "run", *FLAGS, *arguments[1:])
 
 
-def test_unwritable_out_is_code_2(capsys, tmp_path, photos):
+def test_unwritable_out(capsys, tmp_path, photos):
     (tmp_path / "file").write_text("x")
-    fails(capsys, tmp_path, 2, "cannot be written", "pretrain", photos, "--out", tmp_path / "file" / "run", *FLAGS)
+    fails(capsys, tmp_path, 83, "cannot be written", "pretrain", photos, "--out", tmp_path / "file" / "run", *FLAGS)
     fails(capsys, tmp_path, 2, "is a file", "pretrain", photos, "--out", tmp_path / "file", *FLAGS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")

@@ -45,6 +45,7 @@ def plant(root):
     Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(root / "a/deep.png")
     picture(61, 20, 18).save(root / "a/tiny.png")
     picture(62, 700, 33).save(root / "b/long.png")
+    picture(63).save(root / "b/moving.gif", save_all=True, append_images=[picture(64)])
     os.symlink("/etc/passwd", root / "a/link.png")
 
 
@@ -52,7 +53,7 @@ def test_planted_faults_are_found(photos, tmp_path):
     plant(photos)
     report = check_data(str(photos), tmp_path / "report.json", say=lambda _: None)
     assert report == json.loads((tmp_path / "report.json").read_text())
-    assert report["images"] == 60
+    assert report["images"] == 61
     assert report["left_out"] == {"link out of the folder": 1}
     assert report["unreadable"]["count"] == 3
     assert report["unreadable"]["reasons"] == {"not_an_image": 2, "truncated": 1}
@@ -60,20 +61,22 @@ def test_planted_faults_are_found(photos, tmp_path):
     double = report["duplicates"]
     assert (double["groups"], double["surplus"], double["groups_with_different_labels"]) == (2, 3, 1)
     assert double["first"] == [["a/00.png", "a/copy.png", "b/copy.png"], ["b/01.png", "b/again.png"]]
-    assert report["modes"] == {"RGB": 55, "CMYK": 1, "I;16": 1}
-    assert report["formats"] == {"PNG": 56, "JPEG": 1}
-    assert report["odd_modes"] == {"count": 2, "first": ["a/cmyk.jpg", "a/deep.png"]}
+    assert report["modes"] == {"RGB": 55, "P": 1, "CMYK": 1, "I;16": 1}
+    assert report["formats"] == {"PNG": 56, "JPEG": 1, "GIF": 1}
+    assert report["odd_modes"] == {"count": 3, "first": ["a/cmyk.jpg", "a/deep.png", "b/moving.gif"]}
     sizes = report["sizes"]
     assert sizes["smallest"] == {"width": 20, "height": 18, "image": "a/tiny.png"}
     assert sizes["largest"] == {"width": 700, "height": 33, "image": "b/long.png"}
     assert sizes["median_shorter_side"] == 40
     assert sizes["small"] == {"count": 1, "first": ["a/tiny.png"]}
     assert sizes["long"] == {"count": 1, "first": ["b/long.png"]}
-    assert report["labels"] == {"classes": {"a": 31, "b": 29}}
+    assert report["labels"] == {"classes": {"a": 31, "b": 30}}
+    assert report["animations"] == {"count": 1, "first": ["b/moving.gif"]}
     assert report["damaged_shards"] == []
-    assert report["verdict"] == "fine"  # three of sixty are skipped by a run
+    assert report["usable"]
+    assert report["verdict"] == "usable, but 3 of the 61 images cannot be read; training leaves them out"
     words = "\n".join(in_words(report))
-    for text in ("60 in", "3 not_an_image 2, truncated 1", "a/00.png = a/copy.png = b/copy.png", "20 x 18  a/tiny.png"):
+    for text in ("61 in", "3 not_an_image 2, truncated 1", "a/00.png = a/copy.png = b/copy.png", "20 x 18  a/tiny.png"):
         assert text in words, text
     assert "1 of the groups under different labels" in words
 
@@ -91,11 +94,14 @@ def test_what_training_would_refuse_is_said(photos):
         (photos / f"a/{i}.jpg").write_bytes(b"")
     assert "11 of the 61 images" in check_data(str(photos), say=lambda _: None)["verdict"]
     (photos / "a/0.jpg").unlink()
-    assert check_data(str(photos), say=lambda _: None)["verdict"] == "fine"  # ten are not too many
+    report = check_data(str(photos), say=lambda _: None)
+    assert report["usable"]  # ten are not too many, and are told of
+    assert report["verdict"].startswith("usable, but 10 of the 60 images cannot be read")
     for path in photos.rglob("*.png"):
         path.write_bytes(b"")
     report = check_data(str(photos), say=lambda _: None)
     assert "none of the 60 images" in report["verdict"]
+    assert not report["usable"]
     assert report["sizes"] == {}
     assert list(in_words(report))
 

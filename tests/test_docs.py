@@ -98,7 +98,7 @@ def test_line_numbers_are_those_of_today():
 def test_exit_codes_page_lists_every_error():
     text = (DOCS / "exit-codes.md").read_text()
     codes = {kind.exit_code for kind in errors.NNCLRError.__subclasses__()}
-    assert codes == {2, 80, 81, 82, 83, 84, 85, 86}
+    assert codes == {2, 80, 81, 82, 83, 84, 85, 86, 87}
     assert all(f"\n| {code} |" in text for code in codes | {0, 1, 130})
 
 
@@ -221,7 +221,7 @@ def test_every_flag_named_in_a_sentence_exists():
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A small folder that stands where the examples expect one."""
+    """A small folder that stands where the examples expect one; a picture of it is broken, as in most real ones."""
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
@@ -230,6 +230,7 @@ def photos(tmp_path, monkeypatch):
         folder = tmp_path / "photos" / "ab"[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "photos" / "a" / "broken.png").write_bytes(b"no picture")
     return tmp_path
 
 

@@ -11,10 +11,11 @@ class Store:
     """What the ranks share, in one process; it can break down."""
 
     def __init__(self):
-        self.values, self.broken, self.lock = {}, False, threading.Lock()
+        self.values, self.broken, self.refused, self.lock = {}, False, 0, threading.Lock()
 
     def _up(self):
         if self.broken:
+            self.refused += 1
             raise RuntimeError("Connection reset by peer\nand a stack")
 
     def set(self, key, value):
@@ -109,6 +110,16 @@ def test_a_store_that_is_gone(ranks):
     assert "stack" not in left[0]
     assert hearts[0].cause(0.1) is None
     hearts[0].close("anything")  # and no error
+
+
+def test_a_store_whose_holder_ends_a_moment_earlier_is_no_loss(ranks, monkeypatch):
+    store, hearts, left = ranks
+    monkeypatch.setattr(heartbeat, "_INTERVAL", 2.0)
+    store.broken = True
+    assert wait_for(lambda: store.refused >= 3)  # all have seen it
+    for heart in hearts:
+        heart.close()
+    assert left == {}
 
 
 def test_no_cause_is_waited_for_a_while(ranks):

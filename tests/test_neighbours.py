@@ -128,8 +128,9 @@ def test_vectors_without_a_direction_and_very_long_ones():
         (np.zeros(5), r"of shape \(n, d\)"),
         (np.zeros((0, 5)), r"of shape \(n, d\)"),
         (np.array([["a"]]), r"of shape \(n, d\)"),
-        (np.array([[1.0], [np.nan]]), "row 1 of the vectors is not finite"),
-        (np.array([[1.0], [np.inf]]), "row 1 of the vectors is not finite"),
+        (np.array([[1.0], [np.nan]]), r"1 of the 2 rows of the vectors is not finite \(row 1\).*keep the others"),
+        (np.array([[np.inf], [1.0], [np.nan]]), r"2 of the 3 rows of the vectors are not finite \(rows 0, 2\)"),
+        (np.array([[1.0], [1e31]]), "row 1 of the vectors is longer than 1e30"),
     ],
 )
 def test_wrong_vectors(features, message):
@@ -141,7 +142,7 @@ def test_wrong_queries():
     index = NeighbourIndex(clustered())
     for query, k, message in (
         (np.zeros(7), 3, "the queries have 7 numbers and the rows 24: use one encoder for both"),
-        (np.full(24, np.nan), 3, "row 0 of the vectors is not finite"),
+        (np.full(24, np.nan), 3, r"1 of the 1 rows of the vectors is not finite"),
         (np.zeros(24), 0, "at least one neighbour"),
     ):
         with pytest.raises(InputError, match=message):

@@ -534,8 +534,23 @@ def test_what_is_no_run_is_refused(tmp_path, made_up):
             report.write_report(run, out)
     assert list((tmp_path / "empty").iterdir()) == []
     before = sorted(made_up.iterdir())
-    assert written(made_up, out=tmp_path / "page.html") == tmp_path / "page.html"
+    for _ in range(2):  # an earlier report is replaced
+        assert written(made_up, out=tmp_path / "page.html") == tmp_path / "page.html"
     assert sorted(made_up.iterdir()) == before
+
+
+def test_only_a_report_is_replaced_and_that_is_checked_first(tmp_path, made_up, monkeypatch):
+    monkeypatch.setattr(report, "read_record", None)  # what takes long has not begun
+    (tmp_path / "link.html").symlink_to(tmp_path / "absent.html")
+    for text in ("", "<!doctype html><html><p>Written by nnclr</p></html>", "mine"):
+        (tmp_path / "mine.html").write_text(text)
+        for name in ("mine.html", "link.html"):
+            with pytest.raises(InputError, match=f"--out .*{name} exists and is no report of nnclr; choose another"):
+                report.write_report(made_up, tmp_path / name)
+        assert (tmp_path / "mine.html").read_text() == text
+    monkeypatch.setattr(report.os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="not yours to write in"):
+        report.write_report(made_up, tmp_path / "new.html")
 
 
 # ---- neighbours and map ------------------------------------------------------------------------------------

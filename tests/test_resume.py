@@ -1,6 +1,5 @@
-"""A resumed run is the uninterrupted run, bit for bit; a control for each piece of state shows that this can fail."""
+"""A resumed run is the uninterrupted run, bit for bit; the controls are in tests/reliability/test_identity.py."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,8 +14,7 @@ import torch
 from PIL import Image
 
 import nnclr
-from nnclr import checkpoint, training
-from nnclr.checkpoint import TrainState
+from nnclr import checkpoint
 from nnclr.config import own_fields
 from nnclr.errors import Stopped
 from nnclr.objectives import OBJECTIVES
@@ -137,54 +135,6 @@ def test_options_resume(monkeypatch, pictures, tmp_path, tiny, options):
     assert same(whole, parts)
 
 
-FORGOTTEN = {
-    "averaged backbone": lambda name: name.startswith("average.") and name.endswith("weight"),
-    "averaged projector": lambda name: name.startswith("objective.average_projector") and name.endswith("weight"),
-    "support set": lambda name: name.startswith("objective.support_set.vectors"),
-    "support set pointer": lambda name: name == "objective.support_set.enqueued",
-    "support set ages": lambda name: name == "objective.support_set.born",
-    "support set ids": lambda name: name == "objective.support_set.ids",
-    "momentum": lambda name: name.startswith("optimizer."),
-    "batch norm": lambda name: "running_mean" in name,
-    "generator": lambda name: name == "rng.cpu",
-    "backbone": lambda name: name.startswith("backbone.") and name.endswith("weight"),
-    "heads": lambda name: name.startswith("objective.projector") and name.endswith("weight"),
-}
-
-
-@pytest.mark.parametrize("piece", FORGOTTEN)
-def test_control_forgetting_a_piece_of_state_is_noticed(monkeypatch, pictures, tmp_path, tiny, piece):
-    restore = TrainState.restore
-
-    def forgetful(self, tensors):
-        fresh = self.tensors()
-        if piece == "momentum":
-            kept = {name: t for name, t in tensors.items() if not FORGOTTEN[piece](name)}
-        else:
-            kept = {name: fresh[name] if FORGOTTEN[piece](name) else t for name, t in tensors.items()}
-        restore(self, kept)
-
-    monkeypatch.setattr(TrainState, "restore", forgetful)
-    tiny["ema_momentum"] = 0.9 if "averaged" in piece else None
-    tiny["support_set_size"] = 401  # so large that entries from before the stop are there at the end
-    whole, parts = train_twice(monkeypatch, pictures, tmp_path, 7, tiny)
-    assert not same(whole, parts)
-
-
-def test_control_forgetting_the_step_is_noticed(monkeypatch, pictures, tmp_path, tiny):
-    load = checkpoint.load_latest
-
-    def one_step_back(folder):
-        found, skipped = load(folder)
-        if found is not None:
-            found.step -= 1
-        return found, skipped
-
-    monkeypatch.setattr(checkpoint, "load_latest", one_step_back)
-    whole, parts = train_twice(monkeypatch, pictures, tmp_path, 7, tiny)
-    assert not same(whole, parts)
-
-
 def test_finished_run_is_not_trained_again(pictures, tmp_path, tiny):
     nnclr.pretrain(pictures, tmp_path / "run", **tiny)
     before = final_state(tmp_path / "run")
@@ -253,45 +203,6 @@ def test_second_process_is_refused(pictures, tmp_path, tiny):
         pass
 
 
-def poison(monkeypatch, seen, lag):
-    """Make a gradient of step 7 NaN; with a lag the loop learns of it one step later, as on CUDA."""
-    real, create = training.StepCheck.post, training.StepCheck.__init__
-
-    def created(self, run, device):
-        create(self, run, device)
-        self.lag = lag
-
-    def poisoned(self, batch, out, parameters, asked):
-        if batch.step == 7:
-            parameters[0].grad[0] = float("nan")
-            seen["before"] = [p.detach().clone() for p in parameters]
-            seen["parameters"] = parameters
-        seen["last"] = batch.step
-        if batch.step == 8:  # what the step in between does is lost with the run
-            seen["after"] = [p.detach().clone() for p in parameters]
-        return real(self, batch, out, parameters, asked)
-
-    monkeypatch.setattr(training.StepCheck, "__init__", created)
-    monkeypatch.setattr(training.StepCheck, "post", poisoned)
-
-
-@pytest.mark.parametrize(("lag", "log_every", "last"), [(0, 50, 7), (1, 50, 8), (1, 8, 7)])
-def test_non_finite_loss_stops_before_the_update(lag, log_every, last, monkeypatch, pictures, tmp_path, tiny):
-    seen = {}
-    poison(monkeypatch, seen, lag)
-    with pytest.raises(nnclr.errors.NonFiniteError) as stopped:
-        nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"log_every_steps": log_every})
-    assert stopped.value.exit_code == 82
-    assert seen["last"] == last  # a step that is written down is not left without an answer
-    after = seen["after"] if last == 8 else seen["parameters"]
-    assert all(torch.equal(a, b) for a, b in zip(seen["before"], after, strict=True))
-    assert checkpoint.load_latest(tmp_path / "run/checkpoints")[0].step == 6
-    record = json.loads((tmp_path / "run/nonfinite/step-00000007.json").read_text())
-    assert record["step"] == 7
-    assert len(record["ids"]) == 24
-    assert all(line["step"] < 8 for line in nnclr.Run(tmp_path / "run").metrics)
-
-
 def write_late(monkeypatch, taken: int, seen: list) -> None:
     """Hold every write of a checkpoint back until so many steps were taken; without a thread that is never."""
     later, save, update = threading.Event(), checkpoint.save, nnclr.NNCLR.update
@@ -301,9 +212,9 @@ def write_late(monkeypatch, taken: int, seen: list) -> None:
         if int(self.support_set.updates) == taken:
             later.set()
 
-    def late(folder, step, tensors, state):
+    def late(folder, step, tensors, state, keep=None):
         seen.append((step, later.wait(60)))
-        return save(folder, step, tensors, state)
+        return save(folder, step, tensors, state, keep)
 
     monkeypatch.setattr(nnclr.NNCLR, "update", counted)
     monkeypatch.setattr(checkpoint, "save", late)

@@ -338,9 +338,9 @@ class Soak:
                 return event
         return None
 
-    def inject(self, event: Event, job: Job, run: Path, damaged: set[Path], spoilt: dict[Path, bytes]) -> bool:
+    def inject(self, event: Event, job: Job, damaged: set[Path], spoilt: dict[Path, bytes]) -> bool:
         """Do it; whether the job goes on after it."""
-        name = event.fault
+        name, run = event.fault, job.run
         if name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             job.signal(getattr(signal, name))
         elif name == "two SIGINT":

@@ -21,6 +21,7 @@ Options = TypeVar("Options")
 _KINDS = {int: "a whole number", float: "a number"}
 _TRUTH = ("true", "false")
 _NUMBERS = ("-inf", "-infinity", "-nan")  # that look like flags
+_registry = tyro.constructors.ConstructorRegistry()
 
 
 def parse(kind: type[Options], words: Sequence[str], verb: str, also: Sequence[str] = (), **settings: Any) -> Options:
@@ -41,13 +42,32 @@ def parse(kind: type[Options], words: Sequence[str], verb: str, also: Sequence[s
     words = without_truth_values(made, words)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # where tyro draws its box
-            options: Options = tyro.cli(kind, args=words, prog=f"nnclr {verb}", **settings)
+            options: Options = tyro.cli(kind, args=words, prog=f"nnclr {verb}", registry=_registry, **settings)
             return options
     except SystemExit as left:
         if not left.code:
             raise
     wrong = mistake(made, words, verb, also) or f"nnclr {verb} does not understand these arguments"
     raise InputError(wrong if wrong.endswith("?") else f"{wrong}; see nnclr {verb} --help")
+
+
+@_registry.primitive_rule
+def _or_none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """A value that may be left out: the help shows the value alone, where tyro writes `{None}|STR`."""
+    if NoneType not in get_args(info.type) or tyro.conf.DisallowNone in info.markers:
+        return None
+    markers = info.markers | {tyro.conf.DisallowNone}
+    value = tyro.constructors.ConstructorRegistry.get_primitive_spec(dataclasses.replace(info, markers=markers))
+    if isinstance(value, tyro.constructors.UnsupportedTypeAnnotationError):
+        return None
+    choices = value.choices and ("None", *(choice for choice in value.choices if choice != "None"))
+    made, shown = value.instance_from_str, value.metavar
+    return dataclasses.replace(
+        value,
+        metavar=shown[1:-1] if shown.startswith("{[") else shown,
+        choices=choices,
+        instance_from_str=lambda words: None if words == ["None"] else made(words),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,13 @@ class TrainState:
         """Sharded support sets as one, on rank 0; all ranks call it. To be laid over `tensors`."""
         return {f"{name}.{key}": t for name, shard in self._shards().items() for key, t in shard.whole_state().items()}
 
+    def nbytes(self) -> int:
+        """Bytes of a checkpoint, but for its text: also the moments that the optimiser does not have before a step."""
+        moments = 2 if "betas" in self.optimizer.defaults else 1
+        shards = sum(shard.size * (4 * shard.dim + 16) for shard in self._shards().values())
+        modules = sum(value.nbytes for value in self._modules().values())
+        return modules + shards + moments * sum(p.nbytes for p in self._parameters())
+
     def _shards(self) -> dict[str, SupportSet]:
         modules = self.objective.named_modules(prefix="objective")
         return {name: module for name, module in modules if isinstance(module, SupportSet) and module.sharded}
@@ -217,28 +224,30 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int | None = None) -> Path:
     """Write and verify `folder/step-...`, then delete all but the newest two good ones.
 
     Args:
-        folder: the run's `checkpoints` folder.
+        folder: the run's `checkpoints` folder; made if it is not there, but not the run folder.
         step: optimiser steps taken.
         tensors: CPU tensors.
         state: values that JSON can hold.
+        keep: step of one more that stays: the one that this process began from.
 
     Raises:
         NonFiniteError: if a tensor holds a NaN or an infinity: a broken state is not worth keeping.
         StorageError: if the folder cannot be written; older checkpoints stay as they are.
     """
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise NonFiniteError(f"{name} is not finite at step {step}: no checkpoint of it is written")
+    if name := _not_finite(tensors):
+        raise NonFiniteError(f"{name} is not finite at step {step}: no checkpoint of it is written")
     final = folder / f"step-{step:08d}"
     if final.exists() and not problem(final):
         return final
     temporary = folder / f".tmp-{step}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():  # a run folder that has vanished is not made anew: a disk may have been detached
+            folder.mkdir()
+            sync(folder.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         # Made contiguous here, in the background, and not when the snapshot is taken.
@@ -259,10 +268,30 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         needed = sum(value.nbytes for value in tensors.values()) >> 20
         raise StorageError(
             f"the checkpoint of step {step} could not be written to {folder}: {error}; it needs about "
-            f"{needed + 1} MiB, earlier checkpoints are intact"
+            f"{needed + 1} MiB{_free(folder)}, earlier checkpoints are intact"
         ) from error
-    _prune(folder)
+    _prune(folder, keep)
     return final
+
+
+def require_room(run: Path, size: int, number: int) -> None:
+    """Nothing, where so many more checkpoints of `size` bytes fit on the disk.
+
+    Raises:
+        StorageError: if they do not: better before the first step than after an hour.
+    """
+    if shutil.disk_usage(run).free < number * size:
+        raise StorageError(
+            f"{number} checkpoints in {run} need {(number * size >> 20) + 1} MiB{_free(run)}: make room, or choose "
+            "another --out"
+        )
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f" and {shutil.disk_usage(folder).free >> 20} MiB are free"
+    except OSError:  # it has vanished
+        return ""
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -271,14 +300,25 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     "Newest" is the highest step: clocks and time stamps play no part.
 
     Raises:
-        NoCheckpointError: if there are checkpoints but none passes.
+        NoCheckpointError: if there are checkpoints but none passes, or one is from a newer version of this package.
     """
     skipped: list[str] = []
-    for path in _committed(folder):
+    for path in committed(folder):
         reason = problem(path)
+        if reason is not None and (newer := _newer_format(path)):
+            raise NoCheckpointError(
+                f"{path} has format {newer}, from a newer nnclr, and this one reads format {FORMAT}: update nnclr, or "
+                "choose another --out"
+            )
         if reason is None:
-            state = json.loads((path / _STATE).read_text())
-            return Checkpoint(path, state["step"], safetensors.torch.load_file(path / _TENSORS), state), skipped
+            try:
+                tensors, state = safetensors.torch.load_file(path / _TENSORS), json.loads((path / _STATE).read_text())
+                name = _not_finite(tensors)
+                if name is None:
+                    return Checkpoint(path, state["step"], tensors, state), skipped
+                reason = f"{name} is not finite"
+            except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+                reason = f"it was not written by nnclr ({type(error).__name__})"  # a manifest fits any files if forged
         skipped.append(f"{path.name} skipped: {reason}")
     if skipped:
         raise NoCheckpointError(
@@ -286,6 +326,12 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             "a copy, or choose another --out to start afresh"
         )
     return None, skipped
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The first tensor that holds a NaN or an infinity: a broken state is neither kept nor gone on from."""
+    broken = (name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all())
+    return next(broken, None)
 
 
 def problem(path: Path) -> str | None:
@@ -306,16 +352,29 @@ def problem(path: Path) -> str | None:
     return None
 
 
-def _committed(folder: Path) -> list[Path]:
+def _newer_format(path: Path) -> int | None:
+    """The format of a checkpoint that a newer version wrote; None for one that is damaged, or readable."""
+    try:
+        formats = {json.loads((path / name).read_text())["format"] for name in (_STATE, _MANIFEST)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    # Both files say the same: no flipped bit, and not to be skipped, since those steps would be trained again.
+    number = formats.pop() if len(formats) == 1 else None
+    return number if isinstance(number, int) and number > FORMAT else None
+
+
+def committed(folder: Path) -> list[Path]:
     """Checkpoint folders, highest step first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def _prune(folder: Path) -> None:
+def _prune(folder: Path, keep: int | None) -> None:
     good = 0
-    for path in _committed(folder):
+    for path in committed(folder):
         if good >= KEEP:
+            if keep is not None and path.name == f"step-{keep:08d}":
+                continue
             # Renamed first, so that a kill inside the deletion leaves no half checkpoint under a good name.
             doomed = path.with_name(f".tmp-old-{path.name}")
             path.rename(doomed)
@@ -358,6 +417,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -370,14 +430,17 @@ def lock(run: Path) -> Iterator[None]:
 
     Raises:
         FolderInUseError: if another process owns it, with its pid, host and start.
+        StorageError: if its file system knows no locks.
     """
     with open(run / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise FolderInUseError(f"{run} is in use by {owner}; wait for it or choose another --out") from None
+        except OSError as error:
+            raise StorageError(f"the file system of {run} has no locks ({error.strerror}); use another disk") from error
         file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")

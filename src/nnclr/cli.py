@@ -15,7 +15,21 @@ import tyro
 import nnclr
 from nnclr.arguments import parse
 from nnclr.errors import DataError, InputError, NNCLRError, StorageError
-from nnclr.options import Compare, Data, Demo, Embed, Evaluate, Explore, Export, Info, Pack, Report, Search, Sweep
+from nnclr.options import (
+    Compare,
+    Data,
+    Demo,
+    Embed,
+    Evaluate,
+    Explore,
+    Export,
+    Info,
+    Pack,
+    Report,
+    Search,
+    Sweep,
+    Verify,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +84,7 @@ def _run(verb: str, arguments: list[str]) -> None:
         "explore": (Explore, explore),
         "export": (Export, export),
         "report": (Report, report),
+        "verify": (Verify, verify),
         "pack": (Pack, pack),
         "data": (Data, data),
         "info": (Info, info),
@@ -319,6 +334,13 @@ def report(options: Report) -> None:
     print(write_report(Path(options.run), None if options.out is None else Path(options.out), say=_on_stderr))
 
 
+def verify(options: Verify) -> None:
+    """`nnclr verify`."""
+    from nnclr.verify import verify as check_files
+
+    check_files(options.run)
+
+
 def pack(options: Pack) -> None:
     """`nnclr pack`."""
     from nnclr.pack import pack as write_shards
@@ -333,7 +355,7 @@ def data(options: Data) -> None:
     report = check_data(options.data, options.out, say=_on_stderr)
     for line in in_words(report):
         print(line)
-    if report["verdict"] != "fine":
+    if not report["usable"]:
         raise DataError(report["verdict"])
 
 
@@ -373,12 +395,13 @@ def _usage() -> str:
   nnclr explore EMBEDDINGS...                a local web page: map, neighbours, search by picture
   nnclr export RUN_OR_ENCODER --format torchvision|timm|huggingface|onnx --out PATH
   nnclr report RUN                           one self-contained HTML file
+  nnclr verify RUN                           whether checkpoints, encoder and records are as they were written
   nnclr pack DATA OUT [--size PIXELS]        tar shards with an index, for millions of images
   nnclr data check DATA [--out FILE.json]    what is unreadable, double or odd, before a long run
   nnclr info [RUN|DATA]                      versions and devices; what a run or a data set holds
 
-DATA is a folder of images, SHARDS.tar, FILE.parquet, hf:NAME, torchvision:NAME or demo-photos. `nnclr COMMAND --help`
-explains the flags."""
+DATA is a folder of images, SHARDS.tar, FILE.parquet, FILE.npy, hf:NAME, torchvision:NAME or demo-photos.
+`nnclr COMMAND --help` explains the flags."""
 
 
 if __name__ == "__main__":

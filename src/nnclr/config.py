@@ -7,7 +7,6 @@ key of a preset or of a run folder's `config.toml`. Defaults of the method are t
 import dataclasses
 import difflib
 import json
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type
 
 import tyro
 
+from nnclr.blotted import without_secrets
+from nnclr.bounded_toml import parse_toml
 from nnclr.errors import InputError
 from nnclr.objectives import OBJECTIVES, Objective, find_objective
 
@@ -351,15 +352,17 @@ def load_preset(name: str) -> dict[str, Any]:
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:
     try:
-        values = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = parse_toml(text)
+    except ValueError as error:
         raise InputError(f"{where} is not valid TOML: {error}") from error
     return _typed(values, where)
 
 
 def to_toml(config: Config) -> str:
-    """The config as TOML, one line a field; fields that are None are left out."""
+    """The config as TOML, one line a field; fields that are None, and secrets in addresses of data, are left out."""
     values = dataclasses.asdict(config)
+    for name in ("data", "test_data"):  # which a resumed run is given anew
+        values[name] = values[name] and without_secrets(values[name])
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
     return "\n".join(lines) + "\n"
 

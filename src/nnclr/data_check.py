@@ -38,6 +38,7 @@ class _Look(NamedTuple):
     mode: str  # of Pillow, before anything is made RGB
     kind: str  # format of its file
     digest: bytes  # of its file, or of its pixels where it has none
+    moving: bool = False  # whether there are further frames, which are not looked at
 
 
 def _is_report(path: Path) -> bool:
@@ -58,7 +59,8 @@ def check_data(data: str, out: str | Path | None = None, say: Callable[[str], No
         say: takes the lines of progress.
 
     Returns:
-        The report; "verdict" is `fine`, or the sentence with which training would stop.
+        The report; "usable" says whether training would go through, and "verdict" what it would leave out, or the
+        sentence with which it would stop.
 
     Raises:
         InputError: if the data cannot be opened, or the report cannot be written there.
@@ -70,7 +72,7 @@ def check_data(data: str, out: str | Path | None = None, say: Callable[[str], No
     source = open_source(data)
     damaged = _damaged_shards(data, say)
     sides, digests = np.zeros((len(source), 2), np.int32), np.zeros((len(source), 16), np.uint8)
-    modes, kinds, odd = Counter[str](), Counter[str](), []
+    modes, kinds, odd, moving = Counter[str](), Counter[str](), [], []
     bad: dict[int, str] = {}
     lines = Lines(f"checking {source.name}", len(source), 0, say)
     for i, look in enumerate(ahead(lambda i: _look(source, i), range(len(source)))):
@@ -82,7 +84,10 @@ def check_data(data: str, out: str | Path | None = None, say: Callable[[str], No
             kinds[look.kind] += 1
             if look.mode not in _USUAL_MODES:
                 odd.append(i)
+            if look.moving:
+                moving.append(i)
         lines.at(i + 1)
+    stops = _stops(source, bad, damaged)
     reasons = Counter(why.partition(":")[0] for why in bad.values())
     report = {
         "data": source.name,
@@ -94,10 +99,12 @@ def check_data(data: str, out: str | Path | None = None, say: Callable[[str], No
         "formats": dict(kinds.most_common()),
         "modes": dict(modes.most_common()),
         "odd_modes": _listed(source, odd),
+        "animations": _listed(source, moving),
         "sizes": _sizes(source, sides),
         "labels": _labels(source),
         "damaged_shards": damaged,
-        "verdict": _verdict(source, bad, damaged),
+        "usable": stops is None,
+        "verdict": _fine(source, bad) if stops is None else stops,
     }
     if out is not None:
         write_atomically(Path(out), (json.dumps(report, indent=1) + "\n").encode())
@@ -110,14 +117,16 @@ def _look(source: Source, i: int) -> _Look | str:
         if source.content is None:
             pixels = source.read(i)
             return _Look(pixels.shape[1], pixels.shape[0], "RGB", "none", _digest(pixels.tobytes()))
-        content = source.content(i)
+        with source.reading(i):
+            content = source.content(i)
         height, width = decode(content).shape[:2]
     except BadImage as error:
         return safe(error)
     except DataError as error:  # of a remote shard: the others are to be looked at, too
         return f"unreadable: {safe(error)}"
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return _Look(width, height, image.mode, image.format or "", _digest(content))
+        moving = image.format != "MPO" and getattr(image, "is_animated", False)  # a camera's MPO holds a preview, too
+        return _Look(width, height, image.mode, image.format or "", _digest(content), moving)
 
 
 def _digest(content: bytes) -> bytes:
@@ -200,7 +209,14 @@ def _labels(source: Source) -> dict[str, Any] | None:
     return told
 
 
-def _verdict(source: Source, bad: dict[int, str], damaged: list[str]) -> str:
+def _fine(source: Source, bad: dict[int, str]) -> str:
+    if not bad:
+        return "fine"
+    return f"usable, but {len(bad)} of the {len(source)} images cannot be read; training leaves them out"
+
+
+def _stops(source: Source, bad: dict[int, str], damaged: list[str]) -> str | None:
+    """With what training would stop."""
     if damaged:
         return (
             f"{len(damaged)} of the shards of {source.name} are damaged, first {damaged[0]}; restore them, or pack the "
@@ -212,7 +228,7 @@ def _verdict(source: Source, bad: dict[int, str], damaged: list[str]) -> str:
         check_bad(bad, source)
     except DataError as error:
         return str(error)
-    return "fine"
+    return None
 
 
 # ---- for people --------------------------------------------------------------------------------------------
@@ -234,6 +250,9 @@ def in_words(report: dict[str, Any]) -> Iterator[str]:
     yield f"formats      {_counts(report['formats'])}"
     yield f"modes        {_counts(report['modes'])}"
     yield from _names(report["odd_modes"])
+    if report["animations"]["count"]:
+        yield f"animations    {report['animations']['count']} of several frames, of which the first is used"
+        yield from _names(report["animations"])
     if sizes:
         for name in ("smallest", "largest"):
             yield f"{name:<14}{sizes[name]['width']} x {sizes[name]['height']}  {sizes[name]['image']}"

@@ -273,6 +273,15 @@ def barrier() -> None:
     number = store.add(f"barrier/{rank()}", 1)
     keys = [f"barrier/{other}/{number}" for other in range(world_size())]
     store.set(keys[rank()], "here")
+    _wait_for(store, keys)
+    passed = [f"passed/{other}/{number}" for other in range(1, world_size())]
+    if rank() == 0:  # which may hold the store, and leave next: the others would lose it while they look
+        _wait_for(store, passed)
+    else:
+        store.set(passed[rank() - 1], "on")
+
+
+def _wait_for(store: Any, keys: list[str]) -> None:
     while not store.check(keys):
         time.sleep(0.05)
 

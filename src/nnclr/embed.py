@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from nnclr import __version__, distributed
+from nnclr.blotted import without_secrets
 from nnclr.checkpoint import lock, write_atomically
+from nnclr.data.ahead import Threads
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source, cell, printable, shown
 from nnclr.data.source import open_source
@@ -97,7 +98,8 @@ def embed_to_file(
     with ExitStack() as stack:
         if distributed.from_main(lambda: _begin(parts, out, facts, say, stack)):
             return out
-        stop = stack.enter_context(StopRequest())
+        answer = "stopping, with what is finished kept" if distributed.rank() == 0 else ""
+        stop = stack.enter_context(StopRequest(answer))
         try:
             _compute_missing(parts, ranges, _Embedder(encoder, source, batch_size, num_workers, dtype), say, stop)
             distributed.barrier()
@@ -170,6 +172,23 @@ class _Parts:
         return self.folder / f"{rows.start:010d}.bin", self.folder / f"{rows.start:010d}.json"
 
 
+def damaged_parts(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Each finished part in the folder of an unfinished file of embeddings, and what is wrong with it."""
+    try:
+        facts = json.loads((folder / "facts.json").read_bytes())
+        parts = _Parts(folder, _key(facts), 1, np.dtype(facts["dtype"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        yield folder / "facts.json", "it cannot be read; nnclr embed begins anew"
+        return
+    for text in sorted(folder.glob("[0-9]*.json")):
+        try:
+            record = json.loads(text.read_bytes())
+            whole = parts.read(range(record["first"], record["last"] + 1)) is not None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            whole = False
+        yield text, None if whole else "its vectors are not those that were written; nnclr embed makes them anew"
+
+
 @dataclass(frozen=True)
 class _Embedder:
     """What turns a range of rows into vectors; it keeps nothing from one range to the next."""
@@ -180,7 +199,7 @@ class _Embedder:
     num_workers: int
     dtype: str
 
-    def batches(self, rows: range, pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, list[tuple[int, str]]]]:
+    def batches(self, rows: range, pool: Threads) -> Iterator[tuple[np.ndarray, list[tuple[int, str]]]]:
         """Vectors of the readable images of a batch, (b, d), and the id and reason of every other image.
 
         The next batch is decoded while this one is embedded.
@@ -244,7 +263,7 @@ def _data_text(data: Any) -> Any:
     if not isinstance(data, (str, os.PathLike)):
         return None
     text = os.fspath(data)
-    return text if text.partition("?")[0] == "demo-photos" else _absolute(text)
+    return text if text.partition("?")[0] == "demo-photos" else without_secrets(_absolute(text))
 
 
 def _absolute(text: str) -> str:
@@ -334,7 +353,7 @@ def _compute_missing(
         say(f"embedding {name}: {before} of {n} images are there from before")
     began = said = time.perf_counter()
     done = 0
-    with ThreadPoolExecutor(max(embedder.num_workers, 1)) as pool:
+    with Threads(max(embedder.num_workers, 1)) as pool:
         for rows in missing:
             vectors, skipped = [], []
             for batch, bad in embedder.batches(rows, pool):

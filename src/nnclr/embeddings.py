@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from nnclr.checkpoint import sync
-from nnclr.data.images import printable, shown
+from nnclr.data.array_file import open_npy
+from nnclr.data.images import cell, from_cell, printable, shown
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError, StorageError
 
@@ -280,7 +281,8 @@ def _write_npy(
             file.write(np.ascontiguousarray(block.vectors).tobytes())
             labels = ["" if name is None else name for name in _label_names(block, class_names)]
             checksums = _checksums(block.ids, block.names, block.vectors)
-            rows.writerows(zip(block.ids.tolist(), block.names, labels, checksums.tolist(), strict=True))
+            texts = (map(cell, block.names), map(cell, labels))
+            rows.writerows(zip(block.ids.tolist(), *texts, checksums.tolist(), strict=True))
 
 
 def _label_names(block: Block, class_names: Sequence[str] | None) -> list[str | None]:
@@ -385,12 +387,7 @@ def _labels(
 
 
 def _open_npy(path: Path) -> tuple[Embeddings, np.ndarray | None]:
-    try:
-        # open_memmap compares the header with the size of the file, and takes no objects: nothing is unpickled.
-        vectors: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{shown(path)} is not a readable .npy of numbers: {reason}") from error
+    vectors = open_npy(path)
     if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype.kind != "f":
         held = f"{vectors.shape} {vectors.dtype}"
         raise InputError(f"{shown(path)} must hold (n, d) float32 or float16, it holds {held}")
@@ -423,8 +420,8 @@ def _ids(file: Path, n: int) -> tuple[np.ndarray, list[str], list[str], np.ndarr
             if i == n:
                 raise ValueError(f"{file.name} has more than {n} rows")
             ids[i], checksums[i] = int(row["id"]), int(row["checksum"])
-            names.append(printable(row["path"].encode()))
-            labels.append(row["label"])
+            names.append(printable(from_cell(row["path"]).encode()))
+            labels.append(from_cell(row["label"]))
     if len(names) != n:
         raise ValueError(f"{file.name} has {len(names)} rows, not {n}")
     return ids, names, labels, checksums

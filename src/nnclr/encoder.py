@@ -15,7 +15,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from nnclr import distributed
 from nnclr.checkpoint import write_atomically
+from nnclr.data.ahead import Threads
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_image, normalize
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
@@ -39,6 +39,7 @@ from nnclr.models.backbone import SMALL_IMAGE, create_backbone, feature_dim, tim
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _LARGEST_SIDE = 2048  # pixels of an image that a config may ask for
+_LARGEST_HEADER = 2 << 20  # bytes of a weights file; a network of thousands of tensors has a tenth of it
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -123,7 +124,7 @@ class Encoder:
             together: all ranks of the job call this; each computes its share of the same batches, and yields all.
         """
         rank, ranks = (distributed.rank(), distributed.world_size()) if together else (0, 1)
-        with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        with Threads(max(num_workers, 1)) as pool:
             for first in range(0, len(source), ranks * batch_size):
                 start = first + rank * batch_size
                 rows = range(start, min(start + batch_size, len(source)))
@@ -333,6 +334,19 @@ def on_cpu(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, moved).cpu()
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a header of a million names is refused before it takes memory.
+
+    Raises:
+        ValueError, OSError or safetensors.SafetensorError: if it is none, or damaged.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _LARGEST_HEADER:
+        raise ValueError(f"{path.name} says that its header has {length} bytes, and that of a network has fewer")
+    return safetensors.torch.load_file(path)
+
+
 def _read(config: dict[str, Any], weights: Path, module: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
     """The network of an encoder folder, and the other arguments of its `Encoder`.
 
@@ -355,7 +369,7 @@ def _read(config: dict[str, Any], weights: Path, module: nn.Module | None) -> tu
         raise ValueError(f"the backbone in {_CONFIG} is no name")
     if backbone.startswith("module:") and module is None:
         raise ValueError(f"its backbone is a module of your own, {backbone[7:]}: build it and give it as module=...")
-    state = safetensors.torch.load_file(weights)
+    state = read_weights(weights)
     if "nnclr" not in config:
         classifiers = pretrained.get("classifier") or []
         heads = tuple(f"{c}." for c in ([classifiers] if isinstance(classifiers, str) else classifiers))

@@ -1,5 +1,7 @@
 """What can go wrong for a user, one class an exit code; the command line prints the message and nothing else."""
 
+from collections.abc import Mapping
+
 
 class NNCLRError(Exception):
     """A failure whose cause is known: one plain sentence that says what is wrong, where, and what to do.
@@ -25,13 +27,20 @@ class Stopped(NNCLRError):
 
 
 class DataError(NNCLRError):
-    """The data cannot be used: too many unreadable images, or the source vanished."""
+    """The data cannot be used: too many unreadable images, or the source vanished.
+
+    `bad` holds the images that could not be read, index -> reason, where it is because of them.
+    """
 
     exit_code = 81
 
+    def __init__(self, text: str, bad: Mapping[int, str] | None = None) -> None:
+        super().__init__(text)
+        self.bad = dict(bad or {})
+
 
 class NonFiniteError(NNCLRError):
-    """The loss or a gradient is not finite; the weights were not updated."""
+    """The loss or a gradient was not finite in too many steps, none of which changed the weights."""
 
     exit_code = 82
 
@@ -64,6 +73,12 @@ class NoCheckpointError(NNCLRError):
     """Checkpoints exist, but none of them passes its manifest."""
 
     exit_code = 86
+
+
+class NoProgressError(NNCLRError):
+    """The run was started again and again from one checkpoint and never came to the next one."""
+
+    exit_code = 87
 
 
 def first_line(error: Exception) -> str:

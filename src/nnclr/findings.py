@@ -3,8 +3,6 @@
 import html
 import json
 import math
-import re
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,8 +10,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
+from nnclr.blotted import without_secrets
+from nnclr.bounded_toml import parse_toml
 from nnclr.errors import InputError
-from nnclr.health import CollapseMonitor
+from nnclr.health import CollapseMonitor, jump_monitors
 from nnclr.progress import duration
 from nnclr.run_folder import read_lines
 
@@ -109,8 +109,8 @@ def read_record(run: Path) -> Record:
     missing: list[str] = []
     text = (run / "config.toml").read_bytes().decode("utf-8", "backslashreplace")
     try:
-        config = tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+        config = parse_toml(text.encode())
+    except ValueError:
         config = {}
         missing.append("config.toml is damaged; it is shown as it is.")
     try:
@@ -185,8 +185,9 @@ def judge(record: Record) -> Finding:
     """The verdict: did it learn? The topic is the headline, the text why."""
     finished = record.total is not None and record.step >= record.total
     learns = "It learned" if finished else "It is learning"
-    if any((record.path / "nonfinite").glob("*.json")) and not finished:
-        return Finding("It stopped", "The loss or a gradient was not finite; the batch is in nonfinite/.", "bad")
+    if not finished and _ended_not_finite(record):
+        text = "The loss or a gradient was not finite in too many steps; their batches are in nonfinite/."
+        return Finding("It stopped", text, "bad")
     if not record.metrics:
         return Finding("Nothing to judge yet", "No line of metrics was logged.", "missing")
     if collapses(record)[1]:
@@ -211,6 +212,16 @@ def judge(record: Record) -> Finding:
         return _no_sign(record, "The loss is not clearly below its chance level")
     text = "The loss is well below its chance level and nothing has collapsed; without labels there is no more to say."
     return Finding(learns, text, "good")
+
+
+def _ended_not_finite(record: Record) -> bool:
+    """Whether the last step that was skipped ended the run, and it has not gone on since."""
+    last = max((record.path / "nonfinite").glob("step-*.json"), default=None)
+    try:
+        found = {} if last is None else json.loads(last.read_bytes())
+        return found.get("ended_the_run") is True and int(found["step"]) >= record.step
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _no_sign(record: Record, text: str) -> Finding:
@@ -245,6 +256,18 @@ def collapses(record: Record) -> tuple[list[str], bool]:
             )
             warnings += [] if warning is None else [warning]
     return warnings, monitor.low >= monitor.patience
+
+
+def jumps(record: Record) -> list[str]:
+    """The warnings that the run gave of a loss or a gradient far above what was usual."""
+    monitors = jump_monitors()
+    said = [
+        monitor.observe(int(line["step"]), line[name])
+        for line in record.metrics
+        for name, monitor in monitors.items()
+        if name in line
+    ]
+    return [warning for warning in said if warning is not None]
 
 
 def earlier(points: list[tuple[int, float]], show: Callable[[float], str]) -> str:
@@ -431,6 +454,12 @@ def _operation(record: Record) -> Iterator[Finding]:
             yield Finding("Loading", f"{text}: {advice}.", "bad")
         else:
             yield Finding("Loading", f"{text}.", "good")
+    skipped = record.series("skipped_steps")
+    if skipped and skipped[-1][1]:
+        text = f"{skipped[-1][1]:.0f} were skipped, whose loss or gradient was not finite: nonfinite/ describes them."
+        yield Finding("Steps", text, "bad")
+    for warning in jumps(record)[:5]:
+        yield Finding("Jump", f"{warning[0].upper()}{warning[1:]}.", "bad")
     counted = record.series("bad_images")
     bad = len(record.bad) or (int(counted[-1][1]) if counted else 0)
     if bad:
@@ -447,12 +476,3 @@ def escaped(value: Any) -> str:
         for c in without_secrets(str(value))
     )
     return html.escape(text)
-
-
-def without_secrets(text: str) -> str:
-    """Text with passwords in addresses, and the values of what is called token or the like, blotted out."""
-    text = re.sub(r"(://)[^\s/@'\"]+@", r"\1…@", text)
-    name = r"[\w-]*(?:token|password|passwd|secret|api[_-]?key)[\w-]*"
-    value = r"[^\s'\",&]+"
-    text = re.sub(rf"(?i)({name}['\"]?\s*[=:]\s*['\"]?){value}", r"\1…", text)
-    return re.sub(rf"(?i)(--?{name}['\"]?,?\s+['\"]?){value}", r"\1…", text)

@@ -1,22 +1,15 @@
-"""Measures of collapse and of neighbour health, no labels needed, and the check that numbers are finite."""
+"""Measures of collapse and of neighbour health, no labels needed, and the alarms that say in words what they mean."""
 
-import json
 import math
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnclr import distributed
-from nnclr.checkpoint import write_atomically
-from nnclr.data.loader import Batch
-from nnclr.errors import NonFiniteError
-from nnclr.objectives.objective import Output
 from nnclr.support_set import Neighbours
 
 
@@ -80,103 +73,6 @@ def neighbour_purity(neighbours: Sequence[Neighbours], ids: Tensor, labels: Tens
     return same / found if found else float("nan")
 
 
-class StepCheck:
-    """Whether each step was finite and whether anybody asked to stop, decided alike on all ranks.
-
-    On CUDA the answer to a step is read after the next one was queued, so that nothing waits for the device; the
-    optimiser leaves the weights alone meanwhile (`optim.guarded_step`). On the CPU it is read at once.
-
-    Args:
-        run: where a step that is not finite is described.
-        device: of the run.
-    """
-
-    def __init__(self, run: Path, device: torch.device) -> None:
-        self.run, self.lag = run, int(device.type == "cuda")
-        self.waiting: deque[_Posted] = deque()
-
-    def post(self, batch: Batch, out: Output, parameters: list[Tensor], asked: bool) -> tuple[Tensor, Tensor]:
-        """Take a step after its backward.
-
-        Args:
-            batch: of the step.
-            out: its loss, () float32.
-            parameters: whose gradients are looked at.
-            asked: whether this process was asked to stop.
-
-        Returns:
-            Norm of the whole gradient, and whether the step may be taken: 0-dim tensors on the device.
-        """
-        norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        loss = out.loss.detach()
-        bad = ~torch.isfinite(loss + norm)
-        stop = torch.full((), float(asked), device=norm.device)
-        flags = distributed.largest(torch.stack([bad.float(), stop]))
-        self.waiting.append(_Posted.of(flags, batch.step, batch.ids, loss, norm))
-        return norm, flags[0] == 0
-
-    def read(self, settle: bool = False) -> bool:
-        """Whether any rank was asked to stop.
-
-        Args:
-            settle: also read the last step, waiting for the device.
-
-        Raises:
-            NonFiniteError: on all ranks; the weights are those before the step, and the images of the batch are
-                written to `nonfinite/`.
-        """
-        asked = False
-        while len(self.waiting) > (0 if settle else self.lag):
-            step = self.waiting.popleft()
-            not_finite, stop = step.flags()
-            if not_finite:
-                raise distributed.told(self._failure(step))
-            asked |= bool(stop)
-        return asked
-
-    def _failure(self, step: "_Posted") -> NonFiniteError:
-        loss, norm = distributed.gather(step.loss[None]), step.norm.item()
-        ids = distributed.gather(step.ids).tolist()
-        value = next((x for x in loss.tolist() if not math.isfinite(x)), loss.mean().item())
-        path = self.run / "nonfinite" / f"step-{step.number:08d}.json"
-        record = {"step": step.number, "loss": repr(value), "grad_norm": repr(norm), "ids": ids}
-        if distributed.rank() == 0:
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, (json.dumps(record) + "\n").encode())
-        return NonFiniteError(
-            f"loss {value} and gradient norm {norm} at step {step.number} are not both finite; the "
-            f"weights were not changed and the last checkpoint is good: see {path}, lower the learning rate or "
-            "use --precision fp32"
-        )
-
-
-@dataclass
-class _Posted:
-    """A step whose answer is on its way to the host."""
-
-    answer: Tensor  # (2,) float32 on the host: not finite, asked to stop
-    arrived: torch.cuda.Event | None
-    number: int
-    ids: Tensor
-    loss: Tensor
-    norm: Tensor
-
-    @classmethod
-    def of(cls, flags: Tensor, number: int, ids: Tensor, loss: Tensor, norm: Tensor) -> Self:
-        if flags.device.type != "cuda":
-            return cls(flags, None, number, ids, loss, norm)
-        answer = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return cls(answer, arrived, number, ids, loss, norm)
-
-    def flags(self) -> list[float]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        values: list[float] = self.answer.tolist()
-        return values
-
-
 @dataclass
 class CollapseMonitor:
     """Says in words that training has collapsed, once for each time it does.
@@ -229,3 +125,60 @@ class CollapseMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.seen, self.low = state.get("seen", 0), state.get("low", 0)
+
+
+@dataclass
+class JumpMonitor:
+    """Says in words that a measure has risen far above what was usual, once for each time it does.
+
+    Usual is the median of the last `window` values that were not themselves so high.
+
+    Args:
+        what: the measure, for the message.
+        factor: times the median that is too high.
+        steps: for how many it has to stay there; 0 warns of the first such value.
+    """
+
+    what: str
+    factor: float
+    steps: int
+    window: int = 50
+    warmup: int = 5
+    usual: list[float] = field(default_factory=list)
+    since: int | None = None  # the step from which on it is too high
+    said: bool = False
+
+    def observe(self, step: int, value: float) -> str | None:
+        """Feed one finite value.
+
+        Returns:
+            A warning, or None.
+        """
+        middle = median(self.usual) if len(self.usual) >= self.warmup else math.inf
+        if not value > self.factor * middle > 0:
+            self.usual = [*self.usual, value][-self.window :]
+            self.since, self.said = None, False
+            return None
+        self.since = step if self.since is None else self.since
+        if self.said or step - self.since < self.steps:
+            return None
+        self.said = True
+        stays = f" for {step - self.since} steps" if self.steps else ""
+        return (
+            f"at step {step} the {self.what} is {value:.3g}, and was more than {self.factor:.0f} times its median of "
+            f"{middle:.3g}{stays}; lower the learning rate or warm up longer"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run continues from."""
+        return {name: value for name, value in asdict(self).items() if name in ("usual", "since", "said")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.usual, self.since = list(state.get("usual", [])), state.get("since")
+        self.said = state.get("said", False)
+
+
+def jump_monitors() -> dict[str, JumpMonitor]:
+    """The alarms for what a learning rate that is too high does, by the measure of metrics.jsonl that they watch."""
+    return {"loss": JumpMonitor("loss", 3.0, 200), "grad_norm": JumpMonitor("gradient norm", 100.0, 0)}

@@ -103,7 +103,7 @@ class Heartbeat:
                     return None if self._stop.wait(_GRACE) else self.leave(verdict)
                 beat = self.store.get(_key(self.neighbour)) if self.store.check([_key(self.neighbour)]) else b""
             except RuntimeError as error:
-                if not self._stop.is_set():
+                if not self._stop.wait(_INTERVAL):  # its holder may end a moment before this rank, which is no loss
                     self.leave(f"the process that the others meet at is gone ({str(error).splitlines()[0][:100]})")
                 return None
             if beat != last or beat == _ENDED.encode():

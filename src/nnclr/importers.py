@@ -6,18 +6,17 @@ runs; there is no other way in.
 
 import argparse
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nnclr.encoder import Encoder
+from nnclr.encoder import Encoder, read_weights
 from nnclr.errors import InputError
 from nnclr.models.backbone import create_backbone
 
@@ -123,7 +122,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
+            return dict(read_weights(path))
+        _refuse_bomb(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of settings, in many checkpoints
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -142,6 +142,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds a {type(loaded).__name__}, not a dictionary of weights")
     return loaded
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise a ValueError for a zip file that unpacks to more than itself: torch.save stores tensors as they are."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"it would unpack to {unpacked >> 20} MiB, and torch.save does not compress")
 
 
 def _state_dicts(loaded: dict[str, Any], depth: int = 3) -> Iterator[tuple[str, dict[str, Tensor]]]:

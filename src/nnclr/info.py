@@ -60,14 +60,17 @@ def _gpus() -> list[str]:
 
 
 def _run(path: Path) -> Iterator[str]:
+    from nnclr.data.images import printable, safe
     from nnclr.run_folder import Run
 
     run = Run(path)
-    yield (path / "config.toml").read_text().rstrip("\n")
+    for text in (path / "config.toml").read_bytes().rstrip(b"\n").split(b"\n"):
+        yield printable(text)
     if run.metrics:
         yield "last metrics: " + json.dumps(run.metrics[-1])
     for line in run.evaluations[-3:]:
-        yield f"step {line['step']}: {line['protocol']} {line['metric']} {line['value']:.4f}"
+        if isinstance(line.get("value"), float):
+            yield safe(f"step {line.get('step')}: {line.get('protocol')} {line.get('metric')} {line['value']:.4f}")
 
 
 def _data(data: str) -> Iterator[str]:

@@ -3,7 +3,6 @@
 Nothing in it depends on where the files lay: of a path only the name is told.
 """
 
-import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 import nnclr
+from nnclr.bounded_toml import parse_toml
 from nnclr.errors import InputError
 from nnclr.run_folder import read_lines
 
@@ -116,7 +116,7 @@ def _loading(config: dict[str, Any]) -> list[str]:
 def _records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings and the evaluations of a run folder."""
     try:
-        settings = tomllib.loads((run / "config.toml").read_text())
+        settings = parse_toml((run / "config.toml").read_bytes())
         told = {name: value for name, value in settings.items() if name not in _NOT_TOLD}
         for name in ("data", "test_data"):
             if name in told:

@@ -19,6 +19,7 @@ import numpy as np
 
 from nnclr.checkpoint import write_atomically
 from nnclr.errors import InputError, StorageError
+from nnclr.finite import refuse_not_finite
 from nnclr.progress import duration
 
 _QUERIES, _ROWS = 1024, 4096  # compared at a time: 16 MiB of similarities
@@ -35,7 +36,7 @@ class NeighbourIndex:
     """The nearest rows of an array by cosine similarity.
 
     Args:
-        features: (n, d) float32 or float16, in memory or memory-mapped; not copied, normalised where it is read.
+        features: (n, d) float32 or float16, finite, in memory or memory-mapped; not copied, normalised where read.
         approximate: let faiss propose rows by inverted lists instead of looking at all; for millions of rows.
         path: where the approximate index is kept, with `PATH.json` beside it. It is used again if it was built from
             the same vectors and its hash is the one written then, else built anew. None: built in memory.
@@ -349,7 +350,8 @@ def _inverse_norms(features: np.ndarray) -> np.ndarray:
         norms = np.linalg.norm(features[start : start + _ROWS].astype(np.float64), axis=1)
         bad = ~(norms < _LONGEST)
         if bad.any():
-            raise InputError(f"row {start + int(bad.argmax())} of the vectors is not finite, or longer than 1e30")
+            refuse_not_finite(features, "the vectors")
+            raise InputError(f"row {start + int(bad.argmax())} of the vectors is longer than 1e30")
         out[start : start + _ROWS] = np.divide(1, norms, out=np.zeros_like(norms), where=norms > _SHORTEST)
     return out
 

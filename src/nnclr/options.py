@@ -186,6 +186,14 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Say of every file of a run folder whether it is as it was written; nothing is changed."""
+
+    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
+    """Run folder; it may be training."""
+
+
+@dataclass(frozen=True)
 class Pack:
     """Write images as WebDataset tar shards with an index; the same command goes on after an interruption."""
 
@@ -217,5 +225,5 @@ class Data:
 class Info:
     """Show versions and devices; with a run folder or data, what was found there."""
 
-    target: tyro.conf.Positional[str | None] = None
+    target: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_DATA")]] = None
     """Run folder or DATA."""

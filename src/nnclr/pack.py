@@ -102,7 +102,7 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{shown(folder)} could not be made: {error.strerror}") from error
-    with lock(folder), StopRequest() as stop:
+    with lock(folder), StopRequest("stopping, with what is finished kept") as stop:
         if _is_done(out, facts, say):  # by the process that held the lock
             return out
         _claim(folder, facts)
@@ -382,7 +382,8 @@ class _Packer:
     def _sample(self, i: int) -> _Sample | str:
         """The file to store for an image, or why there is none."""
         try:
-            content = None if self.source.content is None else self.source.content(i)
+            with self.source.reading(i):
+                content = None if self.source.content is None else self.source.content(i)
             pixels = self.source.read(i) if content is None else decode(content)
         except BadImage as error:
             return safe(error)

@@ -139,12 +139,14 @@ def slow_data(share: float, workers: int, cores: int) -> str | None:
 def metrics_line(step: int, total: int, values: dict[str, Any], seconds_left: float) -> str:
     """One line a person can read: loss beside its chance level, neighbour health, rate and time left."""
     chance = f" (chance {values['loss_chance']:.2f})" if "loss_chance" in values else ""
-    parts = [f"step {step:>5}/{total}", f"loss {values['loss']:.3f}{chance}"]
+    parts = [f"step {step:>5}/{total}", f"loss {values['loss']:.3f}{chance}" if "loss" in values else "skipped"]
     if "neighbour_purity" in values:
         parts.append(f"neighbour purity {100 * values['neighbour_purity']:.0f} %")
     elif "neighbour_similarity" in values:
         parts.append(f"neighbour similarity {values['neighbour_similarity']:.2f}")
-    parts += [f"std {values['embedding_std']:.2f}", f"lr {values['learning_rate']:.3g}"]
+    if "embedding_std" in values:
+        parts.append(f"std {values['embedding_std']:.2f}")
+    parts.append(f"lr {values['learning_rate']:.3g}")
     parts += [f"{values['images_per_second']:.0f} img/s", f"{duration(seconds_left)} left"]
     if values["data_share"] > SLOW_DATA:
         parts.append(f"data: {100 * values['data_share']:.0f} % of step time")

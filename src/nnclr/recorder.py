@@ -15,15 +15,18 @@ from torch import Tensor
 
 import nnclr
 from nnclr import checkpoint, distributed, health, neighbour_sheet, plots, report, run_folder
+from nnclr.blotted import without_secrets
 from nnclr.checkpoint import TrainState
 from nnclr.data.images import Source
-from nnclr.data.loader import Batch, Loader, Plan, StreamLoader
+from nnclr.data.loader import Batch, Loader, Plan, StreamLoader, most_bad
 from nnclr.encoder import Encoder
 from nnclr.errors import StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
 from nnclr.objectives import NNCLR, Output
 from nnclr.progress import ESTIMATE_AFTER, Reporter, Window, duration, metrics_line, slow_data
+from nnclr.skipped_steps import skipped_steps, was_skipped
+from nnclr.support_set import SupportSet
 from nnclr.tracking import Tracker
 
 
@@ -86,12 +89,16 @@ class Recorder:
         self.main = distributed.rank() == 0
         self.reporter = Reporter(total, quiet or not self.main)
         self.labels = None if source.labels is None else torch.from_numpy(source.labels).to(device)
-        self.monitor = health.CollapseMonitor()
+        self.monitor, self.jumps = health.CollapseMonitor(), health.jump_monitors()
         self.monitor.load_state_dict(state.notes.get("collapse", {}))
+        for name, monitor in self.jumps.items():
+            monitor.load_state_dict(state.notes.get("jumps", {}).get(name, {}))
+        self.skips_said = skipped_steps(state.notes)
         self.window = Window()
         self.tracker: Tracker | None = None
         self.writer = checkpoint.BackgroundWriter()
         self.finished = False
+        self.resumed_from: int | None = None
         self.lines_logged, self.estimated, self.slow_data_said = 0, False, False
 
     def start(self, skipped: list[str] | None) -> None:
@@ -115,9 +122,12 @@ class Recorder:
                     "warning: the support set is larger than the data, so it holds older embeddings of the very "
                     "same images; own_id_share in metrics.jsonl tells how often those are the neighbours"
                 )
+        self.resumed_from = None if skipped is None else self.state.step
         begun = -1 if skipped is None else self.state.step
         distributed.from_main(lambda: run_folder.forget_later_lines(self.run, begun))
-        self.loader.bad.update(run_folder.read_bad_samples(self.run))
+        most = 0 if skipped is None else most_bad(len(source))
+        known = distributed.from_main(lambda: run_folder.read_bad_samples(self.run, most))
+        self.loader.bad.update({int(i): why for i, why in known.items()})
         if self.state.step < self.total and self.main:
             self.tracker = Tracker(self.log_to, self.run, begun, tomllib.loads(self.config), say)
         if skipped is None:
@@ -146,6 +156,7 @@ class Recorder:
         logged, evaluated, saved = self._due()
         self.window.add(batch.seconds)
         self.reporter.step(step, f"{self.window.rate(self.plan.batch_size):.0f} img/s")
+        self._say_skipped()
         if not (logged or self.lines_logged or self.estimated) and self.window.seconds() > ESTIMATE_AFTER:
             self._estimate()
         if logged:
@@ -154,6 +165,7 @@ class Recorder:
             self._evaluate()
         if saved and step < self.total:
             self.save()
+            distributed.barrier()  # rank 0 may wait for a slow disk
 
     def _estimate(self) -> None:
         """Before the first line of figures, where that takes long: how long all of it will."""
@@ -180,8 +192,9 @@ class Recorder:
             return
         self.writer.wait()  # two copies at a time would be one too many
         state.notes["collapse"] = self.monitor.state_dict()
+        state.notes["jumps"] = {name: monitor.state_dict() for name, monitor in self.jumps.items()}
         facts = {
-            "data": self.data,
+            "data": without_secrets(self.data),
             "images": len(self.source),
             "data_fingerprint": self.source.fingerprint,
             "config": self.config,
@@ -189,12 +202,12 @@ class Recorder:
             "threads": torch.get_num_threads(),
             "notes": copy.deepcopy(state.notes),
         }
-        step, tensors = state.step, state.tensors() | shards
+        step, tensors, keep = state.step, state.tensors() | shards, self.resumed_from
         encoder = replace(self.encoder(), module=checkpoint.frozen_copy(state.backbone, tensors, "backbone."))
 
         def write() -> None:
             try:
-                checkpoint.save(self.run / "checkpoints", step, tensors, facts)
+                checkpoint.save(self.run / "checkpoints", step, tensors, facts, keep)
                 encoder.save_pretrained(self.run / "encoder")
                 run_folder.write_bad_samples(self.run, bad, self.source)
             except OSError as error:
@@ -221,6 +234,13 @@ class Recorder:
         if self.loader.bad:
             listed = self.run / "bad_samples.jsonl"
             self.reporter.say(f"warning: {len(self.loader.bad)} images cannot be read and were skipped: {listed}")
+        if skipped := self.state.notes.get("skipped_checkpoints", 0):
+            self.reporter.say(
+                f"warning: {skipped} damaged checkpoints were skipped on the way; the disk may be failing"
+            )
+        if count := skipped_steps(self.state.notes):
+            where = self.run / "nonfinite"
+            self.reporter.say(f"warning: {count} of {self.total} steps were skipped, not being finite: see {where}")
         self.reporter.say(f"finished: report in {page}, encoder in {self.run / 'encoder'}")
 
     def close(self) -> None:
@@ -252,20 +272,14 @@ class Recorder:
 
     def _log(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:
         step, batch_size = self.state.step, self.plan.batch_size
-        z1, z2 = (distributed.gather(z) for z in out.embeddings[:2])
-        measured: dict[str, Tensor | float] = {"loss": out.loss.detach(), **out.metrics, "neighbour_purity": math.nan}
-        if self.labels is not None and out.neighbours:
-            measured["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
         bad = len({i for found in distributed.from_all([*self.loader.bad]) for i in found})
         values = {
-            **distributed.mean({name: float(value) for name, value in measured.items()}),
+            **({} if was_skipped(self.state.notes, step - 1) else self._measures(batch, out, grad_norm)),
             "learning_rate": rate,
-            "grad_norm": float(grad_norm),
-            "embedding_std": float(health.embedding_std(z1)),
-            "rank_me": float(health.rank_me(z1)),
-            "alignment": float(health.alignment(z1, z2)),
-            "uniformity": float(health.uniformity(z1)),
             "bad_images": bad,
+            "skipped_checkpoints": self.state.notes.get("skipped_checkpoints", 0),
+            "skipped_steps": skipped_steps(self.state.notes),
+            **self._refused(),
             "images_per_second": self.window.rate(batch_size),
             "data_share": self.window.data_share(),
             "aside_share": self.window.aside_share(),
@@ -280,20 +294,59 @@ class Recorder:
             self.tracker.metrics(line)
         seconds_left = (self.total - step) * batch_size / max(values["images_per_second"], 1e-9)
         self.reporter.say(metrics_line(step, self.total, values, seconds_left))
-        warning = self.monitor.observe(
-            step=step,
-            std=values["embedding_std"],
-            rank=values["rank_me"],
-            dim=z1.shape[1],
-            samples=len(z1),
-            distinct=values.get("distinct_neighbours"),
-        )
-        if warning is not None:
-            self.reporter.say(f"warning: {warning}")
+        self._warn(step, values, out.embeddings[0].shape[1])
         self._say_if_data_is_slow(values["data_share"])
         self.window = Window()
         if step == self.log_every and self.evaluate_every:
             self._draw_neighbours()
+
+    def _measures(self, batch: Batch, out: Output, grad_norm: Tensor) -> dict[str, float]:
+        """What a step says of the training; of one that was skipped nothing can be measured."""
+        z1, z2 = (distributed.gather(z) for z in out.embeddings[:2])
+        measured: dict[str, Tensor | float] = {"loss": out.loss.detach(), **out.metrics, "neighbour_purity": math.nan}
+        if self.labels is not None and out.neighbours:
+            measured["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)
+        return {
+            **distributed.mean({name: float(value) for name, value in measured.items()}),
+            "grad_norm": float(grad_norm),
+            "embedding_std": float(health.embedding_std(z1)),
+            "rank_me": float(health.rank_me(z1)),
+            "alignment": float(health.alignment(z1, z2)),
+            "uniformity": float(health.uniformity(z1)),
+        }
+
+    def _refused(self) -> dict[str, int]:
+        """Embeddings that the support set did not take, if there is one."""
+        sets = [of for of in self.state.objective.modules() if isinstance(of, SupportSet)]
+        return {"refused_embeddings": sum(int(of.refused) for of in sets)} if sets else {}
+
+    def _warn(self, step: int, values: dict[str, float], width: int) -> None:
+        """Say what the figures of a line mean where they are bad."""
+        if not {"embedding_std", "rank_me"} <= values.keys():
+            return
+        warnings = [
+            self.monitor.observe(
+                step=step,
+                std=values["embedding_std"],
+                rank=values["rank_me"],
+                dim=width,
+                samples=self.plan.batch_size,
+                distinct=values.get("distinct_neighbours"),
+            ),
+            *(monitor.observe(step, values[name]) for name, monitor in self.jumps.items() if name in values),
+        ]
+        for warning in warnings:
+            if warning is not None:
+                self.reporter.say(f"warning: {warning}")
+
+    def _say_skipped(self) -> None:
+        count = skipped_steps(self.state.notes)
+        if count > self.skips_said:
+            self.skips_said = count
+            self.reporter.say(
+                f"warning: a step was skipped, because its loss or gradient was not finite; {count} so far, see "
+                f"{self.run / 'nonfinite'}"
+            )
 
     def _say_if_data_is_slow(self, share: float) -> None:
         """Once in a run; the first line is left out, because the first batches cannot be made ahead."""
@@ -316,6 +369,7 @@ class Recorder:
                 self.tracker.evaluation(asdict(result))
             self.reporter.say(f"step {self.state.step:>5}/{self.total}  kNN {100 * result.value:.1f} %")
         self._draw_neighbours()
+        distributed.barrier()  # rank 0 writes and draws, perhaps for longer than a collective waits
         self.window.exclude(time.perf_counter() - began)
 
     def _draw_neighbours(self) -> None:

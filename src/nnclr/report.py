@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable
 from importlib import resources
@@ -76,14 +77,14 @@ def write_report(
         The file.
 
     Raises:
-        InputError: if the folder holds no run, or the file's folder does not exist.
+        InputError: if the folder holds no run, or `out` is no new file, and no earlier report, in a folder that exists.
         StorageError: if the file cannot be written.
     """
     run = Path(run)
-    record = read_record(run)
     path = run / "report.html" if out is None else Path(out)
-    if path.suffix not in (".html", ".htm") or not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"--out {path} must be a .html file in a folder that exists")
+    if out is not None:
+        _refuse_out(path)
+    record = read_record(run)
     sections = {
         "Summary": _summary(record),
         "Neighbours over time": _neighbours(record),
@@ -110,6 +111,24 @@ def write_report(
     )
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
     return path
+
+
+def _refuse_out(path: Path) -> None:
+    if path.suffix not in (".html", ".htm") or not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"--out {path} must be a .html file in a folder that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--out {path} cannot be written: its folder is not yours to write in; choose another one")
+    if os.path.lexists(path) and not _is_report(path):
+        raise InputError(f"--out {path} exists and is no report of nnclr; choose another name")
+
+
+def _is_report(path: Path) -> bool:
+    beginning = _PAGE.partition("{")[0].encode()  # with the content policy, which no page of others has
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
 
 
 # ---- head and summary --------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ import numpy as np
 import torch
 
 import nnclr
+from nnclr.blotted import command_without_secrets
 from nnclr.checkpoint import write_atomically
 from nnclr.data.images import Source
-from nnclr.errors import InputError
+from nnclr.errors import DataError, InputError, NoProgressError, Stopped, StorageError
+
+RESTARTS = 3  # from one checkpoint, after which a run is not started again
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def create(run: Path) -> None:
     """Make the folder.
 
     Raises:
-        InputError: if it cannot be made or written.
+        StorageError: if it cannot be made or written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -47,7 +52,50 @@ def create(run: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"--out {run} cannot be written: {error.strerror}; choose another folder") from error
+        raise StorageError(f"--out {run} cannot be written: {error.strerror}; choose another folder") from error
+
+
+@contextmanager
+def attempt(run: Path, step: int) -> Iterator[None]:
+    """Count the starts from one checkpoint that were killed or failed before the next: a step may be poisoned.
+
+    Not counted are a stop on request, and ends whose message says what to repair before the next start.
+
+    Args:
+        run: the run folder, whose lock is held.
+        step: of the checkpoint, 0 for none.
+
+    Raises:
+        NoProgressError: if all starts that are granted were made.
+    """
+    path = _attempts(run)
+    try:
+        known = json.loads(path.read_bytes())
+        starts = int(known["starts"]) if known["step"] == step else 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or cut off by a kill
+        starts = 0
+    if starts > RESTARTS:
+        raise NoProgressError(
+            f"{run} was started again {RESTARTS} times from step {step} and never came to its next checkpoint; see "
+            f"what those starts ended with, and delete {path} to try once more"
+        )
+    write_atomically(path, json.dumps({"step": step, "starts": starts + 1}).encode())
+    try:
+        yield
+    except (Stopped, InputError, DataError, StorageError, KeyboardInterrupt):
+        forget_attempts(run)
+        raise
+    forget_attempts(run)
+
+
+def forget_attempts(run: Path) -> None:
+    """Count from the beginning again."""
+    with suppress(OSError):
+        _attempts(run).unlink(missing_ok=True)
+
+
+def _attempts(run: Path) -> Path:
+    return run / "attempts.json"
 
 
 def write_record(run: Path, config: str, device: str, source: Source) -> None:
@@ -56,7 +104,7 @@ def write_record(run: Path, config: str, device: str, source: Source) -> None:
     environment = {
         "nnclr": nnclr.__version__,
         "commit": _commit(),
-        "command": sys.argv,
+        "command": command_without_secrets(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -96,24 +144,46 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def forget_later_lines(run: Path, step: int) -> None:
-    """Drop lines that a killed process wrote after its last checkpoint, since those steps are repeated."""
+    """Drop lines and files that a killed process wrote after its last checkpoint, since those steps are repeated."""
     for path in (run / "metrics.jsonl", run / "evaluations.jsonl"):
         if path.exists():
-            kept = [text for text in path.read_text().splitlines() if _is_up_to(step, text)]
-            write_atomically(path, "".join(text + "\n" for text in kept).encode())
+            texts = path.read_bytes().decode("utf-8", "backslashreplace").splitlines()
+            write_atomically(path, "".join(text + "\n" for text in texts if _is_up_to(step, text)).encode())
+    for path in (run / "nonfinite").glob("step-*.json"):
+        if not path.stem[5:].isdigit() or int(path.stem[5:]) >= step:
+            path.unlink()
 
 
 def _is_up_to(step: int, text: str) -> bool:
     try:
         line = json.loads(text)
-    except ValueError:  # cut off by a kill
+        return bool(line.get("step") is None or line["step"] <= step)
+    except (ValueError, AttributeError, TypeError, RecursionError):  # cut off by a kill, or damaged
         return False
-    return line.get("step") is None or line["step"] <= step
 
 
-def read_bad_samples(run: Path) -> dict[int, str]:
-    """The images that an earlier part of the run skipped, by id."""
-    return {line["id"]: line["reason"] for line in read_lines(run / "bad_samples.jsonl")[0]}
+@contextmanager
+def bad_samples_listed(run: Path, source: Source) -> Iterator[None]:
+    """While entered, images that end the run because they cannot be read are listed in bad_samples.jsonl."""
+    try:
+        yield
+    except DataError as error:
+        with suppress(OSError):  # the message names the first, and the code stays that of the data
+            write_bad_samples(run, error.bad, source)
+        raise
+
+
+def read_bad_samples(run: Path, most: int) -> dict[int, str]:
+    """The images that an earlier part of the run skipped, by id.
+
+    More than `most` have ended it. They may be back by now, so their list is removed.
+    """
+    path = run / "bad_samples.jsonl"
+    bad = {line["id"]: line["reason"] for line in read_lines(path)[0]}
+    if len(bad) > most:
+        path.unlink()
+        return {}
+    return bad
 
 
 def write_bad_samples(run: Path, bad: dict[int, str], source: Source) -> None:

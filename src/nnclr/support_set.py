@@ -73,6 +73,7 @@ class SupportSet(nn.Module):
     enqueued: Tensor  # () int64, rows ever accepted; modulo M it is the next slot to write
     updates: Tensor  # () int64, calls of `enqueue`
     refused: Tensor  # () int64, rows without a unit vector (NaN, infinite, zero) that were not let in
+    writable: Tensor | None = None  # () bool on the device; where it is false, `enqueue` changes nothing
 
     def __init__(
         self, size: int, dim: int, block_size: int = 4096, replacement: str = "fifo", shard: bool = False
@@ -281,7 +282,8 @@ class SupportSet(nn.Module):
         elif ids.shape != (len(z),):
             raise ValueError(f"ids have shape {tuple(ids.shape)} for {len(z)} embeddings")
         z_ND = F.normalize(z.detach().float(), dim=1)
-        accepted = z_ND.norm(dim=1) > 0.5  # unit length but for rounding; false for NaN and for zero
+        open_ = torch.ones((), dtype=torch.bool, device=z.device) if self.writable is None else self.writable
+        accepted = (z_ND.norm(dim=1) > 0.5) & open_  # unit length but for rounding; false for NaN and for zero
         count = accepted.sum()
         number = accepted.cumsum(0) - 1  # the row is the number-th accepted one of this batch
         written = accepted & (number >= count - self.size)
@@ -296,8 +298,8 @@ class SupportSet(nn.Module):
         self._ids.index_copy_(0, target, ids.to(self._ids))
         self._born.index_copy_(0, target, self.updates.expand(len(z)))
         self.enqueued = self.enqueued + count
-        self.updates = self.updates + 1
-        self.refused = self.refused + (len(z) - count)
+        self.updates = self.updates + open_
+        self.refused = self.refused + (len(z) - count) * open_
 
     def _random_slots(self, n: int) -> Tensor:
         """(n,) the slots to write next, n <= M: unfilled ones first, in order, then in a random order.

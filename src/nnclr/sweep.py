@@ -18,13 +18,13 @@ import math
 import re
 import statistics
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from nnclr.bounded_toml import parse_toml
 from nnclr.checkpoint import write_atomically
 from nnclr.data.images import Source
 from nnclr.data.source import open_source, refuse_inside, test_split
@@ -69,7 +69,7 @@ def read_spec(path: Path) -> Spec:
         InputError: if it cannot be read, or something is missing or unknown in it.
     """
     try:
-        values = tomllib.loads(path.read_bytes().decode())
+        values = parse_toml(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read as a sweep: {(error.strerror or 'unknown reason').lower()}") from error
     except ValueError as error:  # no text, or no TOML
@@ -203,7 +203,7 @@ def origin(run: Run, spec: Spec) -> dict[str, Any]:
     """Device, versions and precision of a run, without what the grid varies."""
     environment = json.loads((run.path / "environment.json").read_text())
     facts = {name: environment[name] for name in ("device", "torch", "nnclr", "commit")}
-    facts["precision"] = tomllib.loads((run.path / "config.toml").read_text())["precision"]
+    facts["precision"] = parse_toml((run.path / "config.toml").read_bytes())["precision"]
     return {name: value for name, value in facts.items() if name not in spec.grid}
 
 

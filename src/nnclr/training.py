@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.device import choose_device, choose_precision
 from nnclr.errors import InputError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
-from nnclr.health import StepCheck
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
@@ -32,6 +30,7 @@ from nnclr.objectives import OBJECTIVES, Objective, find_objective
 from nnclr.optim import create_optimizer, guarded_step, learning_rate
 from nnclr.recorder import Recorder
 from nnclr.run_folder import Run
+from nnclr.skipped_steps import StepCheck, Undo
 
 PAPER_SUPPORT_SET = 98_304
 
@@ -57,7 +56,7 @@ def pretrain(
         test_data: labelled images for the online kNN, in the same forms.
         backbone: a name, or a module that maps (n, 3, s, s) to (n, d).
         objective: a name, or a class of your own in the shape of `nnclr.Objective`.
-        quiet: print nothing.
+        quiet: print nothing but the answer to a signal.
         **fields: any field of `Config`.
 
     Returns:
@@ -120,18 +119,19 @@ def train(
         contrast = distributed.replicate(objective)
         base_momentum = objective.momentum
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        loader = create_loader(source, plan, device, config.num_workers or 0)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         distributed.from_main(lambda: claim(run, stack))
+        stack.enter_context(run_folder.bad_samples_listed(run, source))
+        loader = create_loader(source, plan, device, config.num_workers or 0)
         restored = restore(run, state, source)
         distributed.barrier()  # some may have read their images faster
+        check, undo, stop = StepCheck(run, state, device), Undo(state), stack.enter_context(stop_request(run))
         if state.step < total:  # a finished run keeps the record of where it was trained
-            distributed.from_main(lambda: run_folder.write_record(run, to_toml(config), config.device, source))
+            distributed.from_main(lambda: begin(run, config, source, state, restored is None, stack))
         recorder = create_recorder(run, config, source, test, state, loader, plan, total, quiet)
-        check, stop = StepCheck(run, device), stack.enter_context(StopRequest())
         try:
             recorder.start(restored)
-            for batch in loader.batches(state.step, total):
+            for batch in loader.batches(state.step, total, lambda: plan.ranks == 1 and stop.asked is not None):
                 rate = learning_rate(
                     state.step,
                     peak=config.learning_rate * config.batch_size / 256,
@@ -141,6 +141,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
 
+                undo.remember()
                 with autocast:
                     views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
                     features = [backbone(view) for view in views]
@@ -153,27 +154,33 @@ def train(
                 if config.clip_grad_norm is not None:
                     torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, grad_norm)
                 guarded_step(optimizer, finite)
-                if average is not None and base_momentum is not None:
-                    objective.momentum = momentum_at(
-                        state.step, base=base_momentum, to_one=objective.momentum_to_one, total_steps=total
-                    )
-                    update_average(average, state.backbone, objective.momentum)
-                objective.update(out)  # writes the support set
+                with undo.unless(finite):  # a step that is not finite leaves no trace
+                    if average is not None and base_momentum is not None:
+                        objective.momentum = momentum_at(
+                            state.step, base=base_momentum, to_one=objective.momentum_to_one, total_steps=total
+                        )
+                        update_average(average, state.backbone, objective.momentum)
+                    objective.update(out)  # writes the support set
                 state.step += 1
 
                 asked |= plan.ranks == 1 and stop.asked is not None  # nobody has to agree
                 if asked or recorder.is_due():
-                    asked |= check.read(settle=True)  # nothing of a step that was not finite is written
+                    asked |= check.read(settle=True)  # whether the step was skipped is known where it is written down
                 recorder.after_step(batch, out, rate, grad_norm)
                 if asked:
-                    recorder.stop()
-                    signal = stop.asked or "a signal to another process"
-                    raise distributed.told(
-                        Stopped(
-                            f"stopped by {signal} at step {state.step} of {total}; the checkpoint is complete, run the "
-                            "same command again to go on"
-                        )
+                    break
+            else:  # the batches end early where a stop is asked for while they wait for images
+                if asked := state.step < total:
+                    check.read(settle=True)
+            if asked:
+                recorder.stop()
+                signal = stop.asked or "a signal to another process"
+                raise distributed.told(
+                    Stopped(
+                        f"stopped by {signal} at step {state.step} of {total}; the checkpoint is complete, run the "
+                        "same command again to go on"
                     )
+                )
             recorder.finish()
         except OSError as error:  # images that cannot be read never come here
             raise StorageError(f"{run} cannot be written: {error}; make room and run the same command again") from error
@@ -339,7 +346,7 @@ def claim(run: Path, stack: ExitStack) -> None:
     """Make the run folder this job's own until the stack is left.
 
     Raises:
-        InputError: if it cannot be made.
+        StorageError: if it cannot be made.
         FolderInUseError: if another job trains in it.
     """
     run_folder.create(run)
@@ -352,7 +359,6 @@ def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
     Raises:
         InputError: if the images are not those that the run was started with.
         NoCheckpointError: if no checkpoint can be used.
-        StorageError: if there is no room for checkpoints.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -361,10 +367,6 @@ def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
         checkpoint.clean(folder)
         found, skipped = checkpoint.load_latest(folder)
         if found is None:
-            needed = 2 * sum(tensor.nbytes for tensor in state.tensors().values())
-            free = shutil.disk_usage(run).free
-            if free < needed:
-                raise StorageError(f"{run} has {free >> 20} MiB free, two checkpoints need {needed >> 20} MiB")
             return None
         if found.state["data_fingerprint"] != source.fingerprint:
             raise other_images(run, found.state["images"], found.state["data"], source)
@@ -378,7 +380,26 @@ def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
     state.restore(distributed.broadcast_tensors(tensors))
     state.step, state.notes = found["step"], found["notes"]
     skipped: list[str] = found["skipped"]
+    state.notes["skipped_checkpoints"] = state.notes.get("skipped_checkpoints", 0) + len(skipped)
     return skipped
+
+
+def stop_request(run: Path) -> StopRequest:
+    """Signals are answered once in a job; leaving without a checkpoint, as asked, counts as no failed start."""
+    doing = "finishing the step and writing a checkpoint" if distributed.rank() == 0 else ""
+    return StopRequest(doing, lambda: run_folder.forget_attempts(run))
+
+
+def begin(run: Path, config: Config, source: Source, state: TrainState, fresh: bool, stack: ExitStack) -> None:
+    """What is left to do on rank 0 before steps are taken: find room, keep the record, and count this start.
+
+    Raises:
+        StorageError: if there is no room for checkpoints: one is written before the oldest goes.
+        NoProgressError: if too many starts never came to the next checkpoint.
+    """
+    checkpoint.require_room(run, state.nbytes(), checkpoint.KEEP + fresh)
+    run_folder.write_record(run, to_toml(config), config.device, source)
+    stack.enter_context(run_folder.attempt(run, state.step))
 
 
 def create_recorder(

@@ -271,35 +271,6 @@ def test_extreme_shapes():
         assert decode(encoded(Image.fromarray(np.zeros((*shape, 3), np.uint8)))).shape == (*shape, 3)
 
 
-def test_fuzz_raises_nothing_but_bad_image():
-    rng = random.Random(0)
-    picture = Image.fromarray(gradient())
-    seeds = [encoded(picture, kind) for kind in D.FORMATS]
-    seeds += [encoded(picture.convert(mode)) for mode in ("L", "P", "RGBA", "1")]
-    good, reasons = 0, []
-    for number in range(300):
-        data = bytearray(seeds[number % len(seeds)])
-        for _ in range(rng.randrange(1, 6)):
-            how, at = rng.randrange(3), rng.randrange(len(data))
-            if how == 0:
-                data[at] ^= 1 << rng.randrange(8)
-            elif how == 1:
-                del data[at:]
-                data += b"\0"
-            else:
-                other = seeds[rng.randrange(len(seeds))]
-                data[at : at + 20] = other[:20]
-        try:
-            made = decode(bytes(data))
-            assert made.dtype == np.uint8
-            assert made.ndim == 3
-            good += 1
-        except BadImage as error:
-            reasons.append(error.reason)
-    assert set(reasons) <= {"not_an_image", "truncated", "too_large", "unsupported_mode"}
-    assert min(good, len(reasons)) > 30  # both happen, so the mutations are neither harmless nor hopeless
-
-
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     for path in (tmp_path / "x.jpg", tmp_path, tmp_path / "missing.png", "/dev/zero"):

@@ -296,7 +296,7 @@ def test_one_vs_rest_path():
 def test_feature_that_is_not_finite(which):
     sets = {name: clouds(40, 2.0) for name in ("training", "validation", "test")}
     sets[which][0][17, 3] = np.inf if which == "test" else np.nan
-    with pytest.raises(InputError, match=f"row 17 of the {which} features is not finite"):
+    with pytest.raises(InputError, match=rf"1 of the \d+ rows of the {which} features is not finite \(row 17\)"):
         logistic_regression(*sets["training"], *sets["validation"], sets["test"][0], CLASSES, top1, strengths=(1.0,))
     if which == "training":
         with pytest.raises(InputError, match="row 17"):

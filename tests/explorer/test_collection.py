@@ -16,7 +16,7 @@ from nnclr.data.source import open_source
 from nnclr.embed import embed_to_file
 from nnclr.embeddings import open_embeddings, write_embeddings
 from nnclr.errors import InputError
-from nnclr.explorer import explore, projection
+from nnclr.explorer import atlas, explore, projection
 from nnclr.explorer.atlas import write_atlas
 from nnclr.explorer.collection import open_collection
 from nnclr.explorer.server import address_of, listen, thumbnail
@@ -293,14 +293,26 @@ def test_atlas_holds_pictures_places_and_true_neighbours(embedded, one, tmp_path
         assert rows[i]["label"] == one.columns[0].categories[one.columns[0].codes[i]]
 
 
-def test_atlas_refuses_what_it_would_destroy(embedded, tmp_path):
+def test_atlas_refuses_what_it_would_destroy(embedded, tmp_path, monkeypatch):
     before = (embedded / "8.parquet").read_bytes()
     with pytest.raises(InputError, match="is the file of embeddings itself"):
         write_atlas(embedded / "8.parquet", embedded / "8.parquet")
     assert (embedded / "8.parquet").read_bytes() == before
     (tmp_path / "there.parquet").write_bytes(b"kept")
+    shutil.copy(embedded / "8.parquet", tmp_path / "other.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(atlas, "open_collection", None)  # which may take minutes: nothing of it has begun
+        for name in ("there.parquet", "other.parquet"):
+            kept = (tmp_path / name).read_bytes()
+            with pytest.raises(InputError, match=f"{name} exists and is no atlas of nnclr; choose another name"):
+                write_atlas(embedded / "8.parquet", tmp_path / name)
+            assert (tmp_path / name).read_bytes() == kept
+        patch.setattr(atlas.os, "access", lambda path, mode: False)
+        with pytest.raises(InputError, match="not yours to write in"):
+            write_atlas(embedded / "8.parquet", tmp_path / "new.parquet")
+    for _ in range(2):  # the control: an earlier atlas is replaced
+        write_atlas(embedded / "8.parquet", tmp_path / "atlas.parquet", projection="pca", say=str)
     with pytest.raises(InputError, match="does not exist"):
-        write_atlas(tmp_path / "mistyped.parquet", tmp_path / "there.parquet")
-    assert (tmp_path / "there.parquet").read_bytes() == b"kept"
+        write_atlas(tmp_path / "mistyped.parquet", tmp_path / "atlas.parquet")
     with pytest.raises(InputError, match="in a folder that exists"):
         write_atlas(embedded / "8.parquet", tmp_path / "no" / "x.parquet")

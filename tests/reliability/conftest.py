@@ -2,6 +2,8 @@ import faulthandler
 
 import pytest
 
+from tests.reliability.runs import Warm
+
 LIMIT = 150  # seconds a test of this folder may take before its process is ended with the stacks of all threads
 
 
@@ -21,3 +23,10 @@ def count(record_property):
         record_property("reliability", {"entry": entry, "what": what, "passed": passed, "of": of})
 
     return write
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """The interpreter that forks a child for each run; see `Warm.run`."""
+    with Warm() as server:
+        yield server

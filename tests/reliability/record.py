@@ -1,8 +1,8 @@
-"""What the fault suite found, as `reliability.json`: for each entry of the catalogue its tests and the figures they counted.
+"""What the fault suite found, as `reliability.json`: for each entry of the catalogue its tests and what they counted.
 
-The catalogue is one TOML file a chapter: fault, behaviour, and the tests that prove it, wherever they are in tests/. The
-hooks below run in every session of pytest; the file holds the tests that ran. `python -m tests.reliability.page` makes
-docs/reliability.md of it.
+The catalogue is one TOML file a chapter: fault, behaviour, and the tests that prove it, wherever they are in tests/.
+The hooks below run in every session of pytest; the file holds the tests that ran. `python -m tests.reliability.page`
+makes docs/reliability.md of it.
 """
 
 import datetime
@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_sessionfinish(session):
-    if hasattr(session.config, "workerinput"):  # the controller has the reports of all
+    if hasattr(session.config, "workerinput") or "NNCLR_TEST_ALONE" in os.environ:  # another session has the reports
         return
     entries = {}
     for name, entry in catalogue().items():
@@ -73,3 +73,7 @@ def pytest_sessionfinish(session):
             "entries": entries,
         }
         FILE.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":  # the files that hold the tests, for the command line of pytest
+    print(*sorted({test.partition("::")[0] for entry in catalogue().values() for test in entry["tests"]}))

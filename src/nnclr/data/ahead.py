@@ -1,28 +1,158 @@
-"""Work on many images by threads, in order and in bounded memory."""
+"""Work on many images by threads: in order, in bounded memory, and never hanging in silence.
+
+A read can block for ever: a file server that is gone, a disk that dies. No thread can be ended from outside, but who
+waits for it can say what it reads, give up, and leave.
+"""
 
 import os
+import threading
+import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
+from nnclr.errors import DataError
+
+SAID_AFTER = 10.0  # seconds that one image may take before its name is said
+MOST_SECONDS = 600.0  # and before its storage counts as gone: a server that is started anew is back by then
+_SAID_AGAIN = 60.0
+_LOOK = 0.5  # seconds between two looks at what takes so long
+_LEAVE = 5.0  # seconds that threads have to end; one that hangs is left behind
 _AHEAD = 64  # results that wait for their turn
-
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_under_way: dict[int, tuple[float, Callable[[], str]]] = {}  # thread -> since when it reads, and the name of what
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map(function, items)`, some results ahead: where `pool.map` would take all items at once."""
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+class AskedToStop(Exception):
+    """A stop was asked for while images were waited for."""
+
+
+@contextmanager
+def reading(name: Callable[[], str]) -> Iterator[None]:
+    """While entered, this thread reads what the name says, and who waits for it can tell."""
+    thread = threading.get_ident()
+    _under_way[thread] = (time.monotonic(), name)
     try:
+        yield
+    finally:
+        _under_way.pop(thread, None)
+
+
+def wait_for(future: "Future[Result]", asked: Callable[[], bool] | None = None) -> Result:
+    """The result of a future; an image that takes long is named in a warning, again each minute.
+
+    Raises:
+        AskedToStop: where `asked` says so before the result is there.
+        DataError: if one image has been read for ten minutes.
+    """
+    due = SAID_AFTER
+    while not future.done():
+        if asked is not None and asked():
+            raise AskedToStop
+        with suppress(TimeoutError):
+            future.exception(_LOOK)
+        now, under_way = time.monotonic(), _under_way.copy()
+        since, name = min(under_way.values(), key=lambda read: read[0], default=(now, str))
+        if now - since > MOST_SECONDS:
+            raise DataError(
+                f"{name()} has been read for {now - since:.0f} s without an end: its storage does not answer; run the "
+                "same command again when it does"
+            )
+        if now - since > due:
+            warnings.warn(
+                f"{name()} has been read for {now - since:.0f} s and is not there yet: its storage is slow or gone",
+                stacklevel=2,
+            )
+            due = now - since + _SAID_AGAIN
+    return future.result()
+
+
+class Threads:
+    """Threads that decode; unlike those of an executor, one that hangs does not keep the program from ending.
+
+    Args:
+        count: how many, at least 1.
+        start: called in each before its work.
+    """
+
+    def __init__(self, count: int, start: Callable[[], object] | None = None) -> None:
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        arguments = (self._work, start)
+        self._threads = [
+            threading.Thread(target=_serve, args=arguments, name=f"decode-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+        """Begin function(*arguments) when a thread is free."""
+        future: Future[Result] = Future()
+        self._work.put((future, lambda: function(*arguments)))
+        return future
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Begin all at once, and give the results in order."""
+        futures = deque([self.submit(function, item) for item in items])
+        return (wait_for(futures.popleft()) for _ in range(len(futures)))
+
+    def close(self) -> None:
+        """Forget what has not begun, and wait a little for what has."""
+        with suppress(Empty):
+            while (job := self._work.get_nowait()) is not None:
+                job[0].cancel()
+        for _ in self._threads:
+            self._work.put(None)
+        until = time.monotonic() + _LEAVE
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _serve(
+    work: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]", start: Callable[[], object] | None
+) -> None:
+    if start is not None:
+        start()
+    while (job := work.get()) is not None:
+        future, call = job
+        del job
+        if future.set_running_or_notify_cancel():
+            try:
+                result = call()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is waited for
+                future.set_exception(error)
+            else:
+                del call  # before anybody knows of the result: what it holds may be used again
+                future.set_result(result)
+                del result
+        del future
+
+
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = min(8, os.cpu_count() or 1)
+) -> Iterator[Result]:
+    """`map(function, items)`, some results ahead: where `Threads.map` would take all items at once."""
+    waiting: deque[Future[Result]] = deque()
+    with Threads(threads) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
+                yield wait_for(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield wait_for(waiting.popleft())

@@ -1,5 +1,6 @@
 """Images in one NumPy file, of any number: it is mapped into memory, and read where it is needed."""
 
+import tokenize
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import numpy as np
 from nnclr.data.images import Source, array_source, shown
 from nnclr.errors import InputError
 
+# What NumPy raises for files that are none: it evaluates a header as a literal of Python.
+UNREADABLE = (OSError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError, EOFError, SyntaxError,
+              tokenize.TokenError)  # fmt: skip
 _LARGE = 8 << 30  # bytes above which reading all once, for the fingerprint, is announced
 
 
@@ -23,8 +27,8 @@ def npy_source(path: Path, labels: str | None = None) -> Source:
     """
     beside = path.with_suffix(".labels.npy")
     given = Path(labels) if labels else beside if beside.is_file() else None
-    classes = None if given is None else np.array(_open(given))
-    images = _open(path)
+    classes = None if given is None else np.array(open_npy(given))
+    images = open_npy(path)
     if images.nbytes > _LARGE:
         warnings.warn(f"{shown(path)}: reading {images.nbytes / 1e9:.0f} GB once, for its fingerprint", stacklevel=2)
     try:
@@ -33,11 +37,18 @@ def npy_source(path: Path, labels: str | None = None) -> Source:
         raise InputError(f"{shown(path)}: {error}") from error
 
 
-def _open(path: Path) -> np.ndarray:
+def open_npy(path: Path) -> np.ndarray:
+    """The array of a `.npy` file, mapped into memory read-only.
+
+    Raises:
+        InputError: if it is missing or no array of plain values.
+    """
     if not path.is_file():
         raise InputError(f"{shown(path)} does not exist")
     try:
-        mapped: np.ndarray = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{shown(path)} is not a readable NumPy file: {str(error)[:120]}") from error
+        # open_memmap compares the header with the size of the file, and takes neither objects nor archives.
+        mapped: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"{shown(path)} is not a readable NumPy file: {reason}") from error
     return mapped

@@ -7,6 +7,7 @@ not one of six raster formats is handed to a decoder.
 import errno
 import io
 import os
+import re
 import stat
 import time
 import warnings
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_PIXELS = 64 * 2**20  # Pillow's own limit admits images that need 1 GB each
+MAX_PIXELS = 64 * 2**20  # at most 7 bytes each while it is decoded; Pillow's own limit admits images of 1 GB
+MAX_PIXELS_WEBP = 28 * 2**20  # 16 bytes each: its library keeps several copies
 MAX_BYTES = 100 * 10**6
+_STRIP = 1 << 20  # pixels that are made RGB at a time
 _ORIENTATIONS = {  # of EXIF: whether rows and columns change places, then the directions to read both in
     2: (False, 1, -1),
     3: (False, -1, -1),
@@ -30,6 +33,7 @@ _ORIENTATIONS = {  # of EXIF: whether rows and columns change places, then the d
     8: (True, -1, 1),
 }
 _AS_IT_IS = (False, 1, 1)
+_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as `warnings.filters` has it
 _TRIES, _PAUSE = 3, 0.05  # for errors of the storage, which may pass; seconds, doubled each time
 
 
@@ -89,25 +93,36 @@ def decode(data: bytes, reduction: Callable[[int, int], int] | None = None) -> n
         (h, w, 3) uint8.
 
     Raises:
-        BadImage: if it cannot be decoded in full, or has more than 64 Mpx.
+        BadImage: if it cannot be decoded in full, or has more than 64 Mpx (WebP: 28).
     """
     if len(data) > MAX_BYTES:
         raise BadImage("too_large", f"{len(data) >> 20} MiB")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes below our own limit
-        image = _open(data)
-        try:
-            if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-                pixels = _jpeg(data, image, reduction)
-                if pixels is not None:
-                    return pixels
-            image.load()
-            oriented = ImageOps.exif_transpose(image)
-            return np.ascontiguousarray(_rgb(oriented))
-        except BadImage:
-            raise
-        except Exception as error:
-            raise BadImage("truncated", str(error)[:120]) from error
+    _hush_pillow()
+    image = _open(data)
+    try:
+        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+            pixels = _jpeg(data, image, reduction)
+            if pixels is not None:
+                return pixels
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # a TIFF is turned by now, and says so
+        pixels = _rgb(image)
+        del image
+        return _upright(pixels, orientation)
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage("truncated", str(error)[:120]) from error
+
+
+def _hush_pillow() -> None:
+    """Ignore what Pillow warns of: odd metadata, and sizes below our own limit.
+
+    `warnings.catch_warnings` would do for one thread. Where several enter and leave it, the last one to leave may
+    put back what it found when another was in it, and every warning of the process would be ignored from then on.
+    """
+    if list(warnings.filters[:1]) != [_PILLOW]:
+        warnings.filterwarnings("ignore", module=_PILLOW[3].pattern)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -117,7 +132,7 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("too_large", "more pixels than any photograph") from error
     except Exception as error:
         raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > (MAX_PIXELS_WEBP if image.format == "WEBP" else MAX_PIXELS):
         raise BadImage("too_large", f"{image.width} x {image.height} pixels")
     return image
 
@@ -149,32 +164,47 @@ def _upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    """The pixels as RGB, a strip at a time: the largest images would take 1 GB and more in floats or two layers."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    boxes = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+    extremes = _extremes(image, boxes) if image.mode in ("I", "F") else (0.0, 65535.0)
+    rgb = np.empty((height, width, 3), np.uint8)
+    for box in boxes:
+        rgb[box[1] : box[3]] = _rgb_strip(image if len(boxes) == 1 else image.crop(box), *extremes)
+    return rgb
+
+
+def _rgb_strip(image: Image.Image, low: float, high: float) -> np.ndarray:
     mode = image.mode
     if mode == "RGB":
-        return np.array(image)
+        return np.asarray(image)
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layers = image.convert("RGBA")
         white = Image.new("RGBA", layers.size, "white")
         return np.asarray(Image.alpha_composite(white, layers).convert("RGB"))
     if mode in ("1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"):
         return np.asarray(image.convert("RGB"))
-    if mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64) / 65535
-    elif mode in ("I", "F"):
-        values = _stretch(np.asarray(image).astype(np.float64))
-    else:
+    if not (mode.startswith("I;16") or mode in ("I", "F")):
         raise BadImage("unsupported_mode", mode)
+    values = np.asarray(image).astype(np.float64)
+    if high == low:  # a constant image becomes mid-gray
+        values = np.full_like(values, 0.5)
+    else:
+        values = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low)
     gray = np.round(255 * values).astype(np.uint8)
     return np.repeat(gray[:, :, None], 3, axis=2)
 
 
-def _stretch(values: np.ndarray) -> np.ndarray:
-    """Scale to 0..1 by the finite minimum and maximum; a constant image becomes mid-gray."""
-    finite = np.isfinite(values)
-    if not finite.any():
+def _extremes(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> tuple[float, float]:
+    """The finite minimum and maximum."""
+    lows, highs = [], []
+    for box in boxes:
+        values = np.asarray(image.crop(box))
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            lows.append(float(finite.min()))
+            highs.append(float(finite.max()))
+    if not lows:
         raise BadImage("unsupported_mode", "no finite pixel")
-    low, high = values[finite].min(), values[finite].max()
-    if high == low:
-        return np.full_like(values, 0.5)
-    scaled: np.ndarray = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low)
-    return scaled
+    return min(lows), max(highs)

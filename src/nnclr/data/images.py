@@ -6,14 +6,18 @@ An image's id is its index in the source; the order is fixed by names, never by 
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from nnclr.data.ahead import reading
 from nnclr.data.decode import decode
 from nnclr.errors import InputError
+
+MOST_CLASS = 1 << 20  # a larger number as a label is a name, or an error
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,14 @@ class Source:
         Raises:
             BadImage: if it cannot be used.
         """
-        if reduction is None or self.content is None:
-            return self.fetch(i)
-        return decode(self.content(i), reduction)
+        with self.reading(i):
+            if reduction is None or self.content is None:
+                return self.fetch(i)
+            return decode(self.content(i), reduction)
+
+    def reading(self, i: int) -> AbstractContextManager[None]:
+        """While entered, image i is read: if that takes long, it is named."""
+        return reading(lambda: f"{self.describe(i)} of {self.name}")
 
     def describe(self, i: int) -> str:
         """Path or name of image i, with everything escaped that could harm a terminal."""
@@ -143,6 +152,10 @@ def array_source(
         checked = np.asarray(labels)
         if checked.shape != (len(pixels),) or not np.issubdtype(checked.dtype, np.integer) or checked.min() < 0:
             raise InputError(f"labels must be {len(pixels)} whole numbers from 0, one an image")
+        if checked.max() >= MOST_CLASS:
+            raise InputError(
+                f"labels go up to {checked.max()}, and classes end at {MOST_CLASS - 1}: number them from 0"
+            )
         checked = checked.astype(np.int64)
         names = tuple(class_names or (str(i) for i in range(int(checked.max()) + 1)))
     digest = hashlib.sha256(str(pixels.shape).encode())
@@ -175,3 +188,8 @@ def shown(path: str | os.PathLike[str]) -> str:
 def cell(value: object) -> object:
     """A value for a table; text that a spreadsheet would take for a formula starts with an apostrophe."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "'")) else value
+
+
+def from_cell(text: str) -> str:
+    """The text that `cell` wrote."""
+    return text.removeprefix("'")

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nnclr import counter
+from nnclr.data.ahead import AskedToStop, Threads, ahead, wait_for
 from nnclr.data.augment import (
     Parameters,
     View,
@@ -57,8 +58,11 @@ class Loader(Protocol):
     bad: dict[int, str]
     """Image id -> why it cannot be read; such an image is replaced by another one."""
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches in order; the views are a pure function of the seed and the step."""
+    def batches(self, start: int, stop: int, asked: Callable[[], bool] | None = None) -> Iterator[Batch]:
+        """Yield the batches in order; the views are a pure function of the seed and the step.
+
+        They end early where `asked` says so while images are waited for.
+        """
         ...
 
 
@@ -141,21 +145,26 @@ def load_resident(source: Source, device: torch.device, num_workers: int) -> tup
     bad: dict[int, str] = {}
     first = next((image for image in (_read(source, i, bad) for i in range(len(source))) if image is not None), None)
     if first is None:
-        raise DataError(f"none of the {len(source)} images of {source.name} can be read: {next(iter(bad.values()))}")
+        raise DataError(
+            f"none of the {len(source)} images of {source.name} can be read: {next(iter(bad.values()))}", bad
+        )
     too_large = len(source) * first.nbytes > _RESIDENT_BYTES[device.type]
     if too_large or (device.type == "cpu" and max(first.shape[:2]) > _RESIDENT_PIXELS_CPU):
         return None, {}
     images = torch.zeros(len(source), 3, *first.shape[:2], dtype=torch.uint8)
-    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        for i, image in enumerate(pool.map(lambda i: _read(source, i, bad), range(len(source)))):
-            if image is None:
-                continue
-            if image.shape != first.shape:
-                pool.shutdown(cancel_futures=True)
-                return None, {}
-            images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: some may not be written
+    for i, image in enumerate(ahead(lambda i: _read(source, i, bad), range(len(source)), max(num_workers, 1))):
+        if image is None:
+            continue
+        if image.shape != first.shape:
+            return None, {}
+        images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: some may not be written
     check_bad(bad, source)
     return images.to(device), bad
+
+
+def most_bad(images: int) -> int:
+    """Unreadable images that a run goes on without."""
+    return max(10, int(MOST_BAD * images))
 
 
 def check_bad(bad: dict[int, str], source: Source) -> None:
@@ -164,13 +173,14 @@ def check_bad(bad: dict[int, str], source: Source) -> None:
     Raises:
         DataError: above max(10, 0.1 %) unreadable images.
     """
-    limit = max(10, int(MOST_BAD * len(source)))
+    limit = most_bad(len(source))
     if len(bad) > limit:
         where, why = next(iter(bad.items()))
         raise DataError(
             f"at least {len(bad)} of the {len(source)} images of {source.name} cannot be read, more than the {limit} "
             f"that are left out; the first is {source.describe(where)} ({why}): remove or repair those that "
-            "nnclr data check lists"
+            "nnclr data check lists",
+            bad,
         )
 
 
@@ -197,8 +207,8 @@ class ResidentLoader:
     def __init__(self, images: Tensor, bad: dict[int, str], plan: Plan, device: torch.device) -> None:
         self.images, self.bad, self.plan, self.device = images, bad, plan, device
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """See `Loader.batches`."""
+    def batches(self, start: int, stop: int, asked: Callable[[], bool] | None = None) -> Iterator[Batch]:
+        """See `Loader.batches`; nothing is ever waited for."""
         for step, ids in self.plan.orders(start, stop):
             began = time.perf_counter()
             ids = self._replace_bad(step, ids)
@@ -264,9 +274,9 @@ class StreamLoader:
         self.bad: dict[int, str] = {}
         self._memory = [_Memory(plan.batch_size // plan.ranks, view.size, device) for view in plan.views]
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, asked: Callable[[], bool] | None = None) -> Iterator[Batch]:
         """See `Loader.batches`."""
-        ahead = _AHEAD[self.device.type] if self.num_workers else 0
+        most = _AHEAD[self.device.type] if self.num_workers else 0
         pool = _one_thread_each(max(self.num_workers, 1))
         try:
             waiting: deque[tuple[_Work, list[Future[None]]]] = deque()
@@ -274,12 +284,14 @@ class StreamLoader:
                 work = self._begin(step, ids)
                 parts = [range(row, min(row + _PART, len(ids))) for row in range(0, len(ids), _PART)]
                 waiting.append((work, [pool.submit(self._fill, work, part) for part in parts]))
-                if len(waiting) > ahead:
-                    yield self._wait(*waiting.popleft())
+                if len(waiting) > most:
+                    yield self._wait(*waiting.popleft(), asked)
             while waiting:
-                yield self._wait(*waiting.popleft())
+                yield self._wait(*waiting.popleft(), asked)
+        except AskedToStop:
+            return
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
 
     def _begin(self, step: int, ids: np.ndarray) -> _Work:
         plan = self.plan
@@ -353,10 +365,10 @@ class StreamLoader:
         room = min(min(box[2:]) / view.size for view, box in zip(views, boxes, strict=True))
         return max(factor for factor in _REDUCTIONS if factor <= max(room, 1))
 
-    def _wait(self, work: _Work, parts: list[Future[None]]) -> Batch:
+    def _wait(self, work: _Work, parts: list[Future[None]], asked: Callable[[], bool] | None) -> Batch:
         began = time.perf_counter()
         for part in parts:
-            part.result()
+            wait_for(part, asked)
         return self._finish(work, began)
 
     def _finish(self, work: _Work, began: float) -> Batch:
@@ -390,8 +402,8 @@ class _Memory:
         return torch.from_numpy(lent)
 
 
-def _one_thread_each(workers: int) -> ThreadPoolExecutor:
-    """A pool in which PyTorch uses the thread that calls it and no more: there are enough of them."""
+def _one_thread_each(workers: int) -> Threads:
+    """Threads in which PyTorch uses the one that calls it and no more: there are enough of them."""
     started = threading.Barrier(workers + 1)
 
     def start() -> None:
@@ -400,9 +412,7 @@ def _one_thread_each(workers: int) -> ThreadPoolExecutor:
         started.wait()
 
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, "decode", start)
-    for _ in range(workers):  # a thread starts when there is work and no thread is idle
-        pool.submit(int)
+    pool = Threads(workers, start)
     started.wait()
     torch.set_num_threads(threads)  # of this thread it has not changed, but for threads that are yet to start
     return pool

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from nnclr.data.decode import BadImage, decode
-from nnclr.data.images import Source, safe
+from nnclr.data.images import MOST_CLASS, Source, safe
 from nnclr.data.storage import File, files, listed
 from nnclr.errors import InputError, first_line
 
 MOST_BYTES = 2 << 30  # of row groups in memory; those of half of it are shuffled together
 _MOST_GROUP = 4 << 30  # bytes of images in one; equal images may take little in the file and much here
 _ROWS = 32  # read at a time
-_MOST_CLASS = 1 << 20  # a larger number as a label is a name
 
 
 @dataclass
@@ -264,7 +263,7 @@ def number_labels(
         raise InputError(f"{where}: column '{safe(title)}' lacks a label in {column.null_count} rows")
     if pa.types.is_integer(column.type):
         labels = column.to_numpy().astype(np.int64)
-        if labels.min() >= 0 and labels.max() < (_MOST_CLASS if class_names is None else len(class_names)):
+        if labels.min() >= 0 and labels.max() < (MOST_CLASS if class_names is None else len(class_names)):
             return labels, class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
     texts = [safe(value) for value in column.to_pylist()]
     classes = sorted(set(texts))

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from nnclr.data.array_file import UNREADABLE
 from nnclr.data.decode import MAX_BYTES, BadImage, decode
-from nnclr.data.images import Source, printable, safe, shown
+from nnclr.data.images import MOST_CLASS, Source, printable, safe, shown
 from nnclr.data.storage import (
     File,
     NoSuchFileError,
@@ -53,7 +54,6 @@ _ENTRY = {  # of a shard in the index; a name with a slash would lead out of the
 }
 _MOST_INDEX = 1 << 25  # bytes of an index.json
 _MOST_HEADER = 1 << 12  # bytes of a table before its rows
-_MOST_CLASS = 1 << 20  # a larger number as a label is a name
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _labels(shards: list[Shard]) -> tuple[np.ndarray | None, tuple[str, ...] | N
         numbers = np.concatenate([some.astype(np.int64) for some in texts])
     except (ValueError, OverflowError):
         numbers = np.array([-1])
-    if numbers.min() >= 0 and numbers.max() < (_MOST_CLASS if known is None else len(known)):
+    if numbers.min() >= 0 and numbers.max() < (MOST_CLASS if known is None else len(known)):
         return numbers, tuple(str(i) for i in range(int(numbers.max()) + 1)) if known is None else known
     classes, labels = np.unique(np.concatenate(texts), return_inverse=True)
     return labels.astype(np.int64), tuple(printable(name) for name in classes)
@@ -361,7 +361,7 @@ def _read_table(file: File, entry: dict[str, Any]) -> np.ndarray:
             table: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)  # no map: a file stays open for each
             if valid_table(table, entry["bytes"], crc32=True) and len(table) == entry["images"]:
                 return table
-    except (ValueError, EOFError, MemoryError):  # no array, or one that is longer than it can be
+    except UNREADABLE:  # no array, or one that is longer than it can be
         pass
     raise InputError(f"{file.name} is damaged: it is not the table that {INDEX} describes; restore it, or pack anew")
 

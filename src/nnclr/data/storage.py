@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from nnclr.blotted import without_secrets
 from nnclr.data.images import safe, shown
 from nnclr.errors import DataError, InputError, first_line
 
@@ -93,7 +94,7 @@ class RemoteFile:
 
     def __init__(self, system: Any, path: str, about: dict[str, Any]) -> None:
         self.system, self.path, self.address = system, path, str(system.unstrip_protocol(path))
-        self.name = safe(self.address)
+        self.name = without_secrets(safe(self.address))
         if about.get("type") == "directory" or about.get("size") is None:
             raise InputError(f"{self.name} is no file, or its server does not say how long it is")
         self.size = int(about["size"])
@@ -379,7 +380,7 @@ def _remote_files(text: str) -> list[File]:
 def listed(texts: Sequence[str]) -> str:
     """Names of files for people."""
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return ", ".join(shown(text) for text in texts[:3]) + more
+    return ", ".join(without_secrets(shown(text)) for text in texts[:3]) + more
 
 
 def braces(text: str) -> list[str]:

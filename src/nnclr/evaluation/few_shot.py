@@ -6,6 +6,7 @@ import numpy as np
 
 from nnclr import counter
 from nnclr.errors import InputError
+from nnclr.finite import refuse_not_finite
 
 _EPISODES = -4  # what the random numbers are for, beside those of counter and metrics
 _GATHERED = 2**24  # numbers of a block of episodes: 64 MiB
@@ -41,7 +42,7 @@ def few_shot(
     There is no centring (CL2N): the mean of all given features would be knowledge of the queries.
 
     Args:
-        features: (n, d) float32, in memory or memory-mapped; only drawn rows are read.
+        features: (n, d) float32, in memory or memory-mapped; not copied.
         labels: (n,) whole numbers.
         shots: numbers of images a class to learn from; each is measured on its own.
         ways: classes an episode, cut to those that have at least shots + 1 images.
@@ -53,10 +54,11 @@ def few_shot(
         An outcome for each number of shots.
 
     Raises:
-        InputError: if fewer than two classes have shots + 1 images, or a number is too small.
+        InputError: if fewer than two classes have shots + 1 images, a number is too small, or a feature not finite.
     """
     if min(*shots, queries) < 1 or min(ways, episodes) < 2:
         raise InputError("few-shot needs at least 1 shot, 1 query, 2 ways and 2 episodes; raise the one that is lower")
+    refuse_not_finite(features, "the features")
     return {count: _measure(features, labels, count, ways, queries, episodes, seed) for count in shots}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from nnclr import counter
 from nnclr.errors import InputError
+from nnclr.finite import refuse_not_finite
 
 _BLOCK = 1024  # rows that are held in float64 at a time
 _VANISHED = 1e-13  # of the largest eigenvalue: below lies the rounding of float32 features and of their products
@@ -30,7 +31,7 @@ def label_free(features: np.ndarray, views: np.ndarray) -> dict[str, float]:
         `lidar` and `alignment` (of each view with the next) of the views; `features` (n) and `dim` (d).
 
     Raises:
-        InputError: if there are fewer than two images, or fewer than two views of each.
+        InputError: if there are fewer than two images, fewer than two views of each, or a feature is not finite.
     """
     n, dim = features.shape
     if min(n, len(views)) < 2:
@@ -92,6 +93,7 @@ def lidar(views: np.ndarray, delta: float = 1e-4) -> float:
         views: (n, q, d). Memory is O(d^2), time O(n q d^2) in float64.
         delta: added to the variance within classes.
     """
+    refuse_not_finite(views, "the views")
     n, q, dim = views.shape
     within = np.zeros((dim, dim))
     means = _Moments(dim)
@@ -131,6 +133,7 @@ def uniformity(z: np.ndarray, most: int = _UNIFORMITY_ROWS) -> float:
     Returns:
         At most 0, the value of a collapse to a point; near -4 if rows are mutually orthogonal.
     """
+    refuse_not_finite(z, "the features")
     rows = np.sort(counter.permutation(0, 0, len(z))[:most])
     z = np.concatenate([block.astype(np.float32) for block in _unit_blocks(z[rows])])
     lengths = np.square(z).sum(axis=1)  # 1, or 0 for a row of zeros
@@ -182,6 +185,7 @@ class _Moments:
 
 def _spectra(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues of X^T X and of the centred one, each (min(n, d),), largest first, 0 where they vanish."""
+    refuse_not_finite(features, "the features")
     n, dim = features.shape
     if n <= dim:
         x = np.asarray(features, np.float64)
@@ -215,6 +219,7 @@ def _decay(eigenvalues: np.ndarray) -> float:
 
 def _unit_blocks(z: np.ndarray) -> Iterator[np.ndarray]:
     """Blocks of rows (b, ..., d) over their norms, in float64; zeros stay zeros."""
+    refuse_not_finite(z, "the features")
     at_once = max(1, _BLOCK * z.shape[-1] * len(z) // z.size)
     for start in range(0, len(z), at_once):
         block = np.asarray(z[start : start + at_once], np.float64)

@@ -15,6 +15,7 @@ from nnclr.errors import InputError
 from nnclr.evaluation.metrics import mean_per_class, top1
 from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, crop_and_flip, renormalised
+from nnclr.finite import refuse_not_finite
 
 LEARNING_RATES = tuple(10.0**e for e in np.arange(-2.5, 1.01, 0.5).tolist())
 _BLOCK = 2048  # rows that are standardised or scored at a time
@@ -95,7 +96,12 @@ def linear_accuracy(
         learning_rates: candidates, all trained in one pass.
         validation_fraction: share of each class that chooses the rate.
         seed: of the split and the order.
+
+    Raises:
+        InputError: if a feature is not finite.
     """
+    for name, features in (("training", train_features), ("test", test_features)):
+        refuse_not_finite(features, f"the {name} features")
     train, labels = torch.as_tensor(train_features), torch.as_tensor(train_labels)
     scale = standardisation(train)
     held_out = torch.from_numpy(balanced_share(labels.numpy(), validation_fraction, seed))

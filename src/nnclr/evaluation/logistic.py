@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnclr.errors import InputError
+from nnclr.finite import refuse_not_finite
 
 STRENGTHS: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())  # lambda of the L2 penalty
 _TOLERANCE = 1e-13  # of the objective, relative: probabilities are then within 1e-4 of the optimum's, mostly 1e-6
@@ -352,10 +353,12 @@ def _tensor(features: Any) -> Tensor:
 def _column_sums(features: Tensor, name: str, block: int) -> Tensor:
     """(2, d) float64: sums over the rows of the values and of their squares; finite only if every value is."""
     total = torch.zeros(2, features.shape[1], dtype=torch.float64, device=features.device)
-    for i, rows in enumerate(features.split(block)):
+    for rows in features.split(block):
         x = rows.double()
         total += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
         if not bool(total.isfinite().all()):
-            row = i * block + int((~rows.isfinite().all(dim=1)).nonzero()[0])
-            raise InputError(f"row {row} of the {name} features is not finite; leave such rows out and evaluate again")
+            refuse_not_finite(features, f"the {name} features")
+            raise InputError(
+                f"the {name} features hold numbers too large to be squared; divide them all by their largest"
+            )
     return total

@@ -6,6 +6,7 @@ import numpy as np
 
 from nnclr.errors import InputError
 from nnclr.evaluation.metrics import average_precision
+from nnclr.finite import refuse_not_finite
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def retrieval(
         block: queries at a time; memory is O(block * (n + d)), time O(n^2 (d + log n)).
 
     Raises:
-        InputError: if no label occurs twice.
+        InputError: if no label occurs twice, or a feature is not finite.
     """
     features = np.asarray(features, np.float32)
     labels = np.unique(labels, return_inverse=True)[1].reshape(-1)
@@ -42,6 +43,7 @@ def retrieval(
         raise InputError(
             "retrieval needs two images of the same label, and all labels differ; give more images a label"
         )
+    refuse_not_finite(features, "the features")
     scale = _inverse_norms(features)
     first = np.empty(len(asked), np.int64)
     precisions = np.empty(len(asked))

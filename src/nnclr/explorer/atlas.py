@@ -17,6 +17,7 @@ from nnclr.explorer.collection import Collection, open_collection
 
 _BLOCK = 1024  # rows written together
 _SIZE = 128  # pixels of a thumbnail's longer side
+_MARK = b"nnclr_atlas"  # in the metadata: the file is one of ours, and may be replaced
 
 
 def write_atlas(
@@ -32,14 +33,15 @@ def write_atlas(
 
     Args:
         embeddings: a file that `nnclr embed` wrote.
-        out: `FILE.parquet`; replaced as a whole.
+        out: `FILE.parquet`; an earlier atlas of this name is replaced as a whole.
         data: where the pictures are, if not where the file says.
         projection: `umap`, kept beside the embeddings and shared with the explorer, or `pca`.
         k: neighbours of each picture; the distance is 1 minus the cosine similarity.
         say: takes lines for people, in the end the command that opens the file.
 
     Raises:
-        InputError: if the embeddings cannot be opened, or out is not a new parquet file in a folder that exists.
+        InputError: if the embeddings cannot be opened, or out is neither a new parquet file nor an earlier atlas
+            in a folder that exists.
         StorageError: if it cannot be written.
     """
     try:
@@ -48,11 +50,8 @@ def write_atlas(
     except ImportError:
         raise InputError("the atlas is a parquet file and needs pyarrow; pip install 'nnclr[parquet]'") from None
     path, shown = Path(out), printable(os.fsencode(out))
-    if path.suffix != ".parquet" or not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{shown} must be a .parquet file in a folder that exists")
+    _refuse_out(path, Path(embeddings))  # before the map is computed
     collection = open_collection([embeddings], data, None, projection, say)
-    if path.exists() and path.samefile(embeddings):
-        raise InputError(f"{shown} is the file of embeddings itself; choose another name")
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with pq.ParquetWriter(temporary, _schema(pa, collection), compression="none") as writer:
@@ -69,11 +68,32 @@ def write_atlas(
     say(f"uvx embedding-atlas {shown} --image image --x x --y y --neighbors neighbors")
 
 
+def _refuse_out(path: Path, embeddings: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shown = printable(os.fsencode(path))
+    if path.suffix != ".parquet" or not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"{shown} must be a .parquet file in a folder that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{shown} cannot be written: its folder is not yours to write in; choose another one")
+    if not os.path.lexists(path):
+        return
+    if path.exists() and embeddings.exists() and path.samefile(embeddings):
+        raise InputError(f"{shown} is the file of embeddings itself; choose another name")
+    try:
+        ours = _MARK in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        ours = False
+    if not ours:
+        raise InputError(f"{shown} exists and is no atlas of nnclr; choose another name")
+
+
 def _schema(pa: Any, collection: Collection) -> Any:
     neighbours = pa.struct([("ids", pa.list_(pa.int64())), ("distances", pa.list_(pa.float32()))])
     fields = [("image", pa.struct([("bytes", pa.binary())])), ("x", pa.float32()), ("y", pa.float32())]
     fields += [("neighbors", neighbours), ("path", pa.string())]
-    return pa.schema(fields + [(column.name, pa.string()) for column in collection.columns])
+    return pa.schema(fields + [(column.name, pa.string()) for column in collection.columns], {_MARK: b"1"})
 
 
 def _blocks(collection: Collection, k: int) -> Iterator[dict[str, list[Any]]]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from nnclr.checkpoint import write_atomically
+from nnclr.data.array_file import UNREADABLE
 from nnclr.errors import InputError, StorageError
 
 FORMAT = 1
@@ -171,7 +172,7 @@ def _read(path: Path, key: str, n: int) -> tuple[np.ndarray, np.ndarray | None] 
                 return None
             points = content["points"]
             clusters = content.get("clusters")
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except (*UNREADABLE, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
     right = points.shape == (n, 2) and points.dtype == np.float32 and bool(np.isfinite(points).all())
     if clusters is not None:

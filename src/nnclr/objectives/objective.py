@@ -52,7 +52,11 @@ class Objective(nn.Module):
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def update(self, out: Output) -> None:
-        """Write the state; call it after the optimiser's step."""
+        """Write the state; call it after the optimiser's step.
+
+        Parameters and buffers are written in place, and embeddings go into a `SupportSet`: where a step was not
+        finite, the loop takes back what happened to those.
+        """
 
 
 def two_views(features: list[Tensor], name: str) -> None:

@@ -126,7 +126,7 @@ class SwAV(Objective):
         self._normalise()
         if self.queue.shape[1]:
             new = torch.stack([gather(F.normalize(view, dim=1)) for view in out.embeddings])
-            self.queue = torch.cat([new, self.queue], dim=1)[:, : self.queue.shape[1]]
+            self.queue.copy_(torch.cat([new, self.queue], dim=1)[:, : self.queue.shape[1]])
             self.queued += new.shape[1]
 
     @torch.no_grad()

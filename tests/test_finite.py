@@ -1,0 +1,79 @@
+"""Rows of pictures that cannot be read are NaN: whatever takes features says so, and works with the others."""
+
+import numpy as np
+import pytest
+import torch
+
+from nnclr.errors import InputError
+from nnclr.evaluation import knn, linear, logistic
+from nnclr.evaluation.few_shot import few_shot
+from nnclr.evaluation.label_free import alignment, alpha_req, feature_std, label_free, lidar, rank_me, uniformity
+from nnclr.evaluation.metrics import top1
+from nnclr.evaluation.retrieval import retrieval
+from nnclr.finite import refuse_not_finite
+from nnclr.neighbours import NeighbourIndex
+
+N, LABELS = 60, np.arange(60) % 2
+
+
+def features(bad=()):
+    rows = np.random.default_rng(0).normal(size=(N, 8)).astype(np.float32) + 3 * np.eye(8)[LABELS].astype(np.float32)
+    rows[list(bad)] = np.nan
+    return rows
+
+
+def views(rows):
+    return np.stack([rows, rows + 1], axis=1)
+
+
+TAKERS = {
+    "NeighbourIndex": NeighbourIndex,
+    "queries": lambda x: NeighbourIndex(features()).kneighbors(x),
+    "knn, training": lambda x: knn.knn_accuracy(x, LABELS[: len(x)], features(), LABELS, 2),
+    "knn, test": lambda x: knn.knn_accuracy(features(), LABELS, x, LABELS[: len(x)], 2),
+    "linear": lambda x: linear.linear_accuracy(x, LABELS[: len(x)], x, LABELS[: len(x)], 2, epochs=1),
+    "linear, test": lambda x: linear.linear_accuracy(features(), LABELS, x, LABELS[: len(x)], 2, epochs=1),
+    "logistic": lambda x: logistic.logistic_regression(x, LABELS[: len(x)], features(), LABELS, x, 2, top1_of_scores),
+    "few_shot": lambda x: few_shot(x, LABELS[: len(x)], (1,), 2, 2, 3),
+    "retrieval": lambda x: retrieval(x, LABELS[: len(x)]),
+    "label_free": lambda x: label_free(x, views(features())),
+    "label_free, views": lambda x: label_free(features(), views(x)),
+    "rank_me": rank_me,
+    "alpha_req": alpha_req,
+    "lidar": lambda x: lidar(views(x)),
+    "alignment": lambda x: alignment(features()[: len(x)], x),
+    "uniformity": lambda x: uniformity(x, 10),
+    "feature_std": feature_std,
+}
+
+
+def top1_of_scores(scores, labels):
+    return top1(scores.argmax(axis=1), labels)
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_rows_that_are_nan_are_counted_and_named(taker):
+    bad = [3, 17, 59]
+    with pytest.raises(InputError) as caught:
+        TAKERS[taker](features(bad))
+    assert "3 of the 60 rows of" in str(caught.value)
+    assert "are not finite (rows 3, 17, 59)" in str(caught.value)
+    assert "features[np.isfinite(features).all(axis=1)]" in str(caught.value)
+    rows = features([3, 16, 17, 58, 59, 2])
+    TAKERS[taker](rows[np.isfinite(rows).all(axis=1)])  # what the sentence says
+
+
+@pytest.mark.parametrize("kind", ["array", "memory-mapped", "tensor", "float16", "three axes"])
+def test_every_kind_of_rows_block_by_block(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("nnclr.finite._BLOCK", 7)
+    rows = features(range(20, 30))
+    rows[20, 0], rows[21] = np.inf, -np.inf
+    if kind == "memory-mapped":
+        np.save(tmp_path / "x.npy", rows)
+        rows = np.load(tmp_path / "x.npy", mmap_mode="r")
+    given = {"tensor": torch.from_numpy, "float16": np.float16, "three axes": views}.get(kind, lambda x: x)(rows)
+    with pytest.raises(
+        InputError, match=r"10 of the 60 rows of these are not finite \(rows 20, 21, 22, 23, 24, \.\.\.\)"
+    ):
+        refuse_not_finite(given, "these")
+    refuse_not_finite(given[:20], "these")
