@@ -2,7 +2,7 @@
 
     python tools/soak.py --minutes 30 --seed 0 --out docs/results
 
-One small run after the other is trained, every third by two processes. A fault comes at a random time (exponential, 20
+One small run after the other is trained, every third by two processes. A fault comes at a random time (exponential, 15
 seconds in the mean), the run is started again, and so on until it is finished; then its last checkpoint must be that of
 the run that nothing happened to, bit for bit. After every fault: the exit code and the words of the message are those
 documented for it, the metrics are whole and finite, the undamaged checkpoints pass their manifests, and no process is
@@ -39,7 +39,7 @@ from nnclr import checkpoint
 from nnclr.data.source import open_source
 from nnclr.run_folder import read_lines
 
-MEAN_SECONDS = 20.0
+MEAN_SECONDS = 15.0
 IMAGES, SIZE = 480, 64
 FLAGS = (
     "--backbone small-convnet --image-size 32 --batch-size 32 --epochs 40 --embedding-dim 32 --support-set-size 200 "
