@@ -4,7 +4,7 @@ import json
 
 import pytest
 from benchmarks import __main__ as runner
-from benchmarks import cases, gpu
+from benchmarks import cases, gpu, scaling
 
 import nnclr
 
@@ -77,3 +77,29 @@ def test_gpu_runner_with_small_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu", "limits", "--tiny"])
     assert gpu.main() == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_the_cost_model_finds_the_prices_that_made_the_times():
+    prices = [0.01, 2e-4, 3e-12, 4e-9]
+    points = []
+    for point in scaling.POINTS:
+        seconds = sum(price * cost for price, cost in zip(prices, scaling.costs(point, 5e5), strict=True))
+        points.append({"point": vars(point), "weights": 5e5, "seconds": seconds, "highest": seconds, "mib": 1.0})
+    record = {"date": "2026-01-02", "machine": "a machine", "points": points}
+    assert scaling.fitted(record) == pytest.approx(prices, rel=1e-6)
+    rows = [line.split("|")[1:-1] for line in scaling.page(record).splitlines() if line.startswith("| ")]
+    measured = [row for row in rows if len(row) == 7][1:]
+    assert len(measured) == len(points)
+    assert all(row[3] == row[4] for row in measured)  # the model beside the time
+
+
+def test_what_the_cost_model_sends():
+    one, four = scaling.Point(64, 100), scaling.Point(64, 100, 4)
+    assert scaling.sent(one, 1e6) == 0
+    # Three quarters of: 64 embeddings and 128 predictions of 128 numbers, 64 ids, twice the predictions and the weights.
+    assert scaling.sent(four, 1e6) == 0.75 * (4 * 128 * (64 + 128) + 8 * 64 + 2 * (4 * 128 * 128 + 4e6))
+    # A sharded look-up: 128 queries, slots, candidates of four numbers, and entries.
+    more = scaling.sent(scaling.Point(64, 100, 4, True), 1e6) - scaling.sent(four, 1e6)
+    assert more == 0.75 * 128 * (4 * 128 + 8 + 4 * 8 + 4 * 128)
+    assert scaling.held(98_304, 256) == pytest.approx(102e6, rel=0.01)  # as docs/scale.md says
+    assert scaling.compared(four) == 2 * 64 * 100 * 128 / 4

@@ -134,6 +134,11 @@ def test_manifest_names_size_and_hash(tmp_path):
     assert all(set(entry) == {"bytes", "sha256"} for entry in manifest["files"].values())
 
 
+def test_who_may_read_one_file_of_a_checkpoint_may_read_all(tmp_path):
+    write(tmp_path, 1)
+    assert len({path.stat().st_mode for path in (tmp_path / "step-00000001").iterdir()}) == 1
+
+
 class Small(torch.nn.Module):
     """Tied and computed weights, a buffer that is no part of the state, and filters in channels-last order."""
 

@@ -85,6 +85,8 @@ def test_timm_loads_it(tmp_path, tiny, suffix):
     with torch.no_grad():
         torch.testing.assert_close(stock(views), features(tiny, views), rtol=0, atol=1e-5)
     assert ("img_size=112" in said[0]) == ("vit" in name)
+    (tmp_path / "other").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # whoever may read files of the user may read it
 
 
 def test_hugging_face_folder_loads_everywhere(tmp_path, tiny):

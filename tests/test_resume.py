@@ -185,6 +185,14 @@ def test_other_config_is_refused_and_names_the_fields(pictures, tmp_path, tiny):
     assert (tmp_path / "run/config.toml").read_text() == written
 
 
+def test_other_config_is_refused_although_config_toml_is_lost(pictures, tmp_path, tiny):
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+    (tmp_path / "run" / "config.toml").unlink()
+    with pytest.raises(nnclr.errors.InputError, match=r"another config \(temperature: 0\.1 there, 0\.2 now\)"):
+        nnclr.pretrain(pictures, tmp_path / "run", **tiny, temperature=0.2)
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny)
+
+
 def test_second_process_is_refused(pictures, tmp_path, tiny):
     nnclr.pretrain(pictures, tmp_path / "run", **tiny)
     with checkpoint.lock(tmp_path / "run"):

@@ -254,6 +254,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         plain = {name: value.contiguous() for name, value in tensors.items()}
         safetensors.torch.save_file(plain, temporary / _TENSORS)
         (temporary / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        shutil.copymode(temporary / _STATE, temporary / _TENSORS)  # safetensors lets the owner alone read
         files = {name: _fingerprint(temporary / name) for name in (_TENSORS, _STATE)}
         (temporary / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}))
         for name in (_TENSORS, _STATE, _MANIFEST):

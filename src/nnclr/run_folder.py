@@ -179,7 +179,8 @@ def read_bad_samples(run: Path, most: int) -> dict[int, str]:
     More than `most` have ended it. They may be back by now, so their list is removed.
     """
     path = run / "bad_samples.jsonl"
-    bad = {line["id"]: line["reason"] for line in read_lines(path)[0]}
+    lines = read_lines(path)[0]
+    bad = {line["id"]: str(line.get("reason")) for line in lines if isinstance(line.get("id"), int)}
     if len(bad) > most:
         path.unlink()
         return {}

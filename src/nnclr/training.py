@@ -123,7 +123,7 @@ def train(
         distributed.from_main(lambda: claim(run, stack))
         stack.enter_context(run_folder.bad_samples_listed(run, source))
         loader = create_loader(source, plan, device, config.num_workers or 0)
-        restored = restore(run, state, source)
+        restored = restore(run, state, config, source)
         distributed.barrier()  # some may have read their images faster
         check, undo, stop = StepCheck(run, state, device), Undo(state), stack.enter_context(stop_request(run))
         if state.step < total:  # a finished run keeps the record of where it was trained
@@ -246,18 +246,23 @@ def check_existing(run: Path, config: Config, source: Source) -> None:
         trained_on = _recorded_data(run)
         if trained_on.get("fingerprint") not in (None, source.fingerprint):
             raise other_images(run, trained_on.get("images"), trained_on.get("name"), source)
-        longer = "; --extend-epochs lengthens a run" if any(text.startswith("epochs:") for text in differing) else ""
-        raise InputError(
-            f"{run} holds a run with another config ({'; '.join(differing)}): use the same values to resume it, "
-            f"or another --out{longer}"
-        )
+        raise other_config(run, differing)
+
+
+def other_config(run: Path, differing: list[str]) -> InputError:
+    """What to raise where a run was started with other settings."""
+    longer = "; --extend-epochs lengthens a run" if any(text.startswith("epochs:") for text in differing) else ""
+    return InputError(
+        f"{run} holds a run with another config ({'; '.join(differing)}): use the same values to resume it, "
+        f"or another --out{longer}"
+    )
 
 
 def _recorded_data(run: Path) -> dict[str, Any]:
     """What environment.json says of the images; empty where it is missing or damaged."""
     try:
         data = json.loads((run / "environment.json").read_bytes())["data"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         data = {}
     return data if isinstance(data, dict) else {}
 
@@ -353,11 +358,11 @@ def claim(run: Path, stack: ExitStack) -> None:
     stack.enter_context(checkpoint.lock(run))
 
 
-def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
+def restore(run: Path, state: TrainState, config: Config, source: Source) -> list[str] | None:
     """Give every rank the newest good checkpoint, which rank 0 reads; None for a fresh run, else what was skipped.
 
     Raises:
-        InputError: if the images are not those that the run was started with.
+        InputError: if config or images are not those that the run was started with.
         NoCheckpointError: if no checkpoint can be used.
     """
     tensors: dict[str, Tensor] = {}
@@ -368,6 +373,9 @@ def restore(run: Path, state: TrainState, source: Source) -> list[str] | None:
         found, skipped = checkpoint.load_latest(folder)
         if found is None:
             return None
+        differing = differences(from_toml(found.state["config"].encode(), str(found.path)), config)
+        if differing:  # where config.toml was lost
+            raise other_config(run, differing)
         if found.state["data_fingerprint"] != source.fingerprint:
             raise other_images(run, found.state["images"], found.state["data"], source)
         tensors.update(found.tensors)

@@ -32,7 +32,7 @@ FLOORS = {
     "pillow": ((12, 3), "CVE-2026-59199 and others in decoders"),
     "onnx": ((1, 21), "CVE-2026-27489: external data outside the model's folder"),
     "safetensors": ((0, 8), "earlier ones write in place, and a kill leaves half a file"),
-    "starlette": ((0, 27), "GHSA-v5gw-mw7f-84px: static files outside their folder"),
+    "starlette": ((1, 1), "CVE-2026-48818: static files outside their folder"),
     "timm": ((1, 0, 31), "earlier ones may unpickle weights of the hub: weights_only was not the default"),
     "datasets": ((4,), "earlier ones may run code of a data set"),
 }
