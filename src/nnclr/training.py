@@ -126,8 +126,7 @@ def train(
         restored = restore(run, state, config, source)
         distributed.barrier()  # some may have read their images faster
         check, undo, stop = StepCheck(run, state, device), Undo(state), stack.enter_context(stop_request(run))
-        if state.step < total:  # a finished run keeps the record of where it was trained
-            distributed.from_main(lambda: begin(run, config, source, state, restored is None, stack))
+        distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, restored is None, stack))
         recorder = create_recorder(run, config, source, test, state, loader, plan, total, quiet)
         try:
             recorder.start(restored)
@@ -398,13 +397,19 @@ def stop_request(run: Path) -> StopRequest:
     return StopRequest(doing, lambda: run_folder.forget_attempts(run))
 
 
-def begin(run: Path, config: Config, source: Source, state: TrainState, fresh: bool, stack: ExitStack) -> None:
+def begin(
+    run: Path, config: Config, source: Source, state: TrainState, finished: bool, fresh: bool, stack: ExitStack
+) -> None:
     """What is left to do on rank 0 before steps are taken: find room, keep the record, and count this start.
+
+    A finished run keeps the record of where it was trained.
 
     Raises:
         StorageError: if there is no room for checkpoints: one is written before the oldest goes.
         NoProgressError: if too many starts never came to the next checkpoint.
     """
+    if finished and (run / "config.toml").is_file():
+        return
     checkpoint.require_room(run, state.nbytes(), checkpoint.KEEP + fresh)
     run_folder.write_record(run, to_toml(config), config.device, source)
     stack.enter_context(run_folder.attempt(run, state.step))
