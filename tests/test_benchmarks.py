@@ -96,7 +96,7 @@ def test_the_cost_model_finds_the_prices_that_made_the_times():
 def test_what_the_cost_model_sends():
     one, four = scaling.Point(64, 100), scaling.Point(64, 100, 4)
     assert scaling.sent(one, 1e6) == 0
-    # Three quarters of: 64 embeddings and 128 predictions of 128 numbers, 64 ids, twice the predictions and the weights.
+    # Three quarters of: 64 embeddings and 128 predictions of 128 numbers, 64 ids, twice predictions and weights.
     assert scaling.sent(four, 1e6) == 0.75 * (4 * 128 * (64 + 128) + 8 * 64 + 2 * (4 * 128 * 128 + 4e6))
     # A sharded look-up: 128 queries, slots, candidates of four numbers, and entries.
     more = scaling.sent(scaling.Point(64, 100, 4, True), 1e6) - scaling.sent(four, 1e6)

@@ -122,6 +122,16 @@ def test_a_store_whose_holder_ends_a_moment_earlier_is_no_loss(ranks, monkeypatc
     assert left == {}
 
 
+def test_without_a_cause_who_fell_silent_is_named(ranks):
+    _, hearts, _ = ranks
+    hearts[0].patience = hearts[1].patience = 100.0
+    hearts[2]._stop.set()
+    hearts[2]._thread.join()  # killed: nothing more comes from it
+    assert hearts[0].cause(0.3) == "rank 2 gives no sign any more: it was killed or is frozen"
+    hearts[2].close()  # control: it has ended, and said so
+    assert hearts[0].cause(0.3) is None
+
+
 def test_no_cause_is_waited_for_a_while(ranks):
     _, hearts, _ = ranks
     assert hearts[0].cause(0.1) is None

@@ -55,24 +55,36 @@ class Heartbeat:
     ) -> None:
         self.store, self.rank = store, rank
         self.patience = PATIENCE if patience is None else patience
-        self.neighbour = (rank + 1) % world_size
+        self.world_size, self.neighbour = world_size, (rank + 1) % world_size
         self.leave = _leave if leave is None else leave
         self._stop = threading.Event()
         self._beat(0)
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def cause(self, wait: float = 2.0) -> str | None:
-        """The first cause that any rank gave for the end of the job, waiting a little for it; None without."""
+    def cause(self, wait: float = 2.5 * _INTERVAL) -> str | None:
+        """The first cause that any rank gave for the end of the job, waiting a little for it.
+
+        Without one, the ranks that gave no sign meanwhile; None if all did, or the store is gone.
+        """
         until = time.monotonic() + wait
-        while time.monotonic() < until:
-            try:
+        try:
+            before = self._beats()
+            while time.monotonic() < until:
                 if self.store.check([_VERDICT]):
                     return self.store.get(_VERDICT).decode()
-            except RuntimeError:  # the store is gone with its process
-                return None
-            time.sleep(0.05)
-        return None
+                time.sleep(0.05)
+            silent = [rank for rank, beat in self._beats().items() if beat == before.get(rank) != _ENDED.encode()]
+        except RuntimeError:  # the store is gone with its process
+            return None
+        return (
+            f"rank {', '.join(map(str, silent))} gives no sign any more: it was killed or is frozen" if silent else None
+        )
+
+    def _beats(self) -> dict[int, bytes]:
+        """The last sign of each rank that has given one."""
+        keys = {rank: _key(rank) for rank in range(self.world_size)}
+        return {rank: self.store.get(key) for rank, key in keys.items() if self.store.check([key])}
 
     def close(self, failure: str | None = None) -> None:
         """Stop watching; with a failure, tell the others why this rank leaves."""

@@ -20,7 +20,7 @@ def count(record_property):
     """`count("A1", "runs that ended bit for bit alike", passed, of)`: a figure for reliability.json and the page."""
 
     def write(entry, what, passed, of):
-        record_property("reliability", {"entry": entry, "what": what, "passed": passed, "of": of})
+        record_property("reliability", {"entry": entry, "what": what, "passed": int(passed), "of": int(of)})
 
     return write
 
