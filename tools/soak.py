@@ -386,7 +386,7 @@ class Soak:
 
     def damage(self, name: str, run: Path, damaged: set[Path], spoilt: dict[Path, bytes]) -> None:
         """What is done to files after the kill."""
-        newest, older = checkpoints(run)[:2]
+        newest, older = (checkpoints(run) * 2)[:2]  # one where the other was deleted before; then this is a kill alone
         if name == "newest checkpoint damaged":
             flip_a_byte(newest / "tensors.safetensors", self.chance)
             damaged.add(newest)
