@@ -284,13 +284,14 @@ if sys.argv[3] == "kill":
 
 @pytest.mark.parametrize(("point", "newest"), [("sync", 2), ("_prune", 3)])
 def test_killed_while_the_background_writes(tmp_path, point, newest):
-    write(tmp_path, 1, 2)
-    killed = subprocess.run([sys.executable, "-c", IN_BACKGROUND, str(tmp_path), point, "kill"], check=False)
+    folder = tmp_path / "checkpoints"
+    write(folder, 1, 2)
+    killed = subprocess.run([sys.executable, "-c", IN_BACKGROUND, str(folder), point, "kill"], check=False)
     assert killed.returncode == -9
-    found, skipped = checkpoint.load_latest(tmp_path)
+    found, skipped = checkpoint.load_latest(folder)
     assert (found.step, skipped) == (newest, [])
     checkpoint.clean(tmp_path)
-    assert all(name.startswith("step-") for name in names(tmp_path))
+    assert all(name.startswith("step-") for name in names(folder))
 
 
 def test_a_process_that_ends_waits_for_the_write(tmp_path):

@@ -114,7 +114,8 @@ def test_half_of_a_launchers_variables(capsys, monkeypatch, tmp_path, photos):
 
 
 def test_unknown_command_and_flag(capsys, tmp_path):
-    fails(capsys, tmp_path, 2, "'trian' is no command; there are pretrain, demo", "trian")
+    fails(capsys, tmp_path, 2, "'frobnicate' is no command; there are pretrain, demo", "frobnicate")
+    fails(capsys, tmp_path, 2, "'trian' is no command; did you mean pretrain?", "trian")
     fails(
         capsys,
         tmp_path,

@@ -146,3 +146,14 @@ def test_a_folder_that_cannot_be_made_is_one_plain_sentence(tmp_path, capsys):
     out = tmp_path / "results.jsonl" / "table"
     assert main(["compare", str(tmp_path / "results.jsonl"), "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"nnclr: --out {out} cannot be made: Not a directory; choose another folder\n"
+
+
+def test_files_of_others_are_not_replaced(runs, capsys):
+    assert main(["compare", "one", "--out", "mine"]) == 0
+    assert main(["compare", "one", "two", "--out", "mine"]) == 0  # its own
+    for name in ("compare.md", "compare.csv", "compare.png"):
+        (runs / f"of-{name}").mkdir()
+        (runs / f"of-{name}" / name).write_text("work of years")
+        assert main(["compare", "one", "--out", f"of-{name}"]) == 2
+        assert f"{name} exists and was not written by nnclr compare" in capsys.readouterr().err
+        assert [path.read_text() for path in (runs / f"of-{name}").iterdir()] == ["work of years"]

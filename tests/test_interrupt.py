@@ -29,6 +29,29 @@ def test_second_ctrl_c_ends_at_once(first, code):
     assert ("asked SIGINT\n" in answer.stdout.removeprefix("asked SIGINT\n")) == (code == 0)
 
 
+NOTED = """
+import os, signal, sys, time
+from nnclr.interrupt import StopRequest
+
+def note():
+    time.sleep(float(sys.argv[1]))
+    print("noted", flush=True)
+
+with StopRequest("leaving", note):
+    began = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+    print("asked", time.monotonic() - began < 0.2, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "said"), [("0.3", "asked True\nnoted\n"), ("100", "asked True\n")])
+def test_a_note_is_taken_and_one_that_hangs_is_not_waited_for(seconds, said):
+    command = [sys.executable, "-c", NOTED, seconds]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (answer.returncode, answer.stdout) == (130, said)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_handlers_are_put_back(number):
     before = signal.getsignal(number)

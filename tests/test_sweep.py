@@ -78,6 +78,22 @@ def test_a_sweep_runs_its_grid_and_reports_it(spec, tmp_path, capsys):
     assert capsys.readouterr().out.count(": finished before\n") == 4
 
 
+def test_a_sweep_that_was_changed_is_refused_before_any_run(spec, tmp_path, capsys):
+    assert cli.main(["sweep", str(spec), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    spec.write_text(
+        spec.read_text()
+        .replace("epochs = 1", "epochs = 2", 1)
+        .replace("temperature = [0.1, 0.5]", "temperature = [0.2, 0.5]")
+    )
+    before = sorted((tmp_path / "out").iterdir())
+    assert cli.main(["sweep", str(spec), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "temperature-0.5-flip-0.0-seed0 holds a run with another config (epochs: 1.0 there, 2.0 now" in said.err
+    assert said.out == ""
+    assert sorted((tmp_path / "out").iterdir()) == before
+
+
 def test_a_folder_with_something_else_is_no_place_for_a_sweep(spec, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("work of years")

@@ -35,6 +35,7 @@ from nnclr.support_set import SupportSet
 FORMAT = 1
 KEEP = 2  # verified checkpoints that stay
 _NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"\.tmp-.+\.(toml|jsonl?|png|html|safetensors)-\d+")  # of `write_atomically`
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -275,16 +276,20 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     return final
 
 
-def require_room(run: Path, size: int, number: int) -> None:
-    """Nothing, where so many more checkpoints of `size` bytes fit on the disk.
+def require_room(run: Path, size: int) -> None:
+    """Nothing, where all checkpoints of `size` bytes that are ever there at a time fit on the disk.
+
+    These are the ones that stay, the one that a process began from, and the one that is written: as many for a run that
+    begins as for one that goes on, so that what could begin can go on.
 
     Raises:
         StorageError: if they do not: better before the first step than after an hour.
     """
+    number = max(1, KEEP + 2 - len(committed(run / "checkpoints")))
     if shutil.disk_usage(run).free < number * size:
         raise StorageError(
-            f"{number} checkpoints in {run} need {(number * size >> 20) + 1} MiB{_free(run)}: make room, or choose "
-            "another --out"
+            f"room for {number} more checkpoint{'s' * (number > 1)} in {run} takes {(number * size >> 20) + 1} "
+            f"MiB{_free(run)}: make room, or choose another --out"
         )
 
 
@@ -384,10 +389,19 @@ def _prune(folder: Path, keep: int | None) -> None:
             good += 1
 
 
-def clean(folder: Path) -> None:
-    """Delete what a killed process left half written; call it with the lock held."""
-    for path in folder.glob(".tmp-*"):
+def clean(run: Path) -> None:
+    """Delete what a killed process left half written in a run folder; call it with the lock held.
+
+    Of the files beside the checkpoints only those of the kinds that a run writes: others, as of `nnclr embed`, may be
+    another process's that is still writing.
+    """
+    for path in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for folder in (run, run / "encoder", run / "neighbours", run / "nonfinite"):
+        for path in folder.glob(".tmp-*"):
+            if _UNFINISHED.fullmatch(path.name):
+                with suppress(OSError):
+                    path.unlink()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

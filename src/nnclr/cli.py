@@ -1,5 +1,6 @@
 """The `nnclr` command: one thin function a verb."""
 
+import difflib
 import json
 import os
 import shutil
@@ -95,7 +96,9 @@ def _run(verb: str, arguments: list[str]) -> None:
         kind, function = verbs[verb]
         function(parse(kind, arguments, verb, description=kind.__doc__))
     else:
-        raise InputError(f"'{verb}' is no command; there are pretrain, {', '.join(verbs)}")
+        near = difflib.get_close_matches(verb, ["pretrain", *verbs], n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there are pretrain, {', '.join(verbs)}"
+        raise InputError(f"'{verb}' is no command; {meant}")
 
 
 def demo(options: Demo) -> None:

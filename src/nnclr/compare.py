@@ -12,6 +12,9 @@ from nnclr.checkpoint import write_atomically
 from nnclr.errors import InputError
 from nnclr.plots import draw_comparison
 
+_FILES = ("compare.md", "compare.csv", "compare.png")
+_FIRST = "In %, with the 95 % interval of each figure."  # the line by which a table of ours is known
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -38,6 +41,8 @@ def compare(paths: list[str], out: Path | None = None) -> str:
     """
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder for the table and the plot")
+    if out is not None:
+        _refuse_others(out)
     latest: dict[tuple[str, str], Measured] = {}
     for path in paths:
         for measured in _read(Path(path)):
@@ -49,7 +54,7 @@ def compare(paths: list[str], out: Path | None = None) -> str:
         lines = _table("measured", columns, rows, {(column, row): text for (row, column), text in cells.items()})
     else:
         lines = _table("encoder", rows, columns, cells)
-    table = "In %, with the 95 % interval of each figure.\n\n" + "\n".join(lines) + "\n"
+    table = f"{_FIRST}\n\n" + "\n".join(lines) + "\n"
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -59,6 +64,15 @@ def compare(paths: list[str], out: Path | None = None) -> str:
         write_atomically(out / "compare.csv", _csv(list(latest.values())).encode())
         draw_comparison(out / "compare.png", rows, columns, {k: (m.value, m.interval) for k, m in latest.items()})
     return table
+
+
+def _refuse_others(out: Path) -> None:
+    """Replace a table that was written here, and nothing else."""
+    table = out / "compare.md"
+    ours = table.is_file() and table.read_bytes().startswith(_FIRST.encode())
+    for name in _FILES:
+        if (out / name).exists() and not ours:
+            raise InputError(f"{out / name} exists and was not written by nnclr compare; choose another --out")
 
 
 def _table(corner: str, rows: list[str], columns: list[str], cells: dict[tuple[str, str], str]) -> list[str]:

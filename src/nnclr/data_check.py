@@ -102,6 +102,7 @@ def check_data(data: str, out: str | Path | None = None, say: Callable[[str], No
         "animations": _listed(source, moving),
         "sizes": _sizes(source, sides),
         "labels": _labels(source),
+        "unlabelled": source.unlabelled,
         "damaged_shards": damaged,
         "usable": stops is None,
         "verdict": _fine(source, bad) if stops is None else stops,
@@ -261,15 +262,15 @@ def in_words(report: dict[str, Any]) -> Iterator[str]:
         yield from _names(sizes["small"])
         yield f"long          {sizes['long']['count']} more than {_LONG} times as long as wide"
         yield from _names(sizes["long"])
-    yield from _label_lines(labels)
+    yield from _label_lines(labels, report["unlabelled"])
     for shard in report["damaged_shards"]:
         yield f"damaged       {shard}"
     yield f"verdict       {report['verdict']}"
 
 
-def _label_lines(labels: dict[str, Any] | None) -> Iterator[str]:
+def _label_lines(labels: dict[str, Any] | None, why: str) -> Iterator[str]:
     if labels is None:
-        yield "labels        none; pre-training needs none"
+        yield f"labels        none{why and f', because {why}'}; pre-training needs none"
         return
     counts = Counter(labels["classes"]).most_common()
     yield f"labels        {len(counts)} classes with {counts[-1][1]} to {counts[0][1]} images"

@@ -303,7 +303,9 @@ def _is_done(out: Path, folder: Path, facts: dict[str, Any], say: Callable[[str]
     if not out.exists():
         _refuse_companions(out, facts)
         return False
-    if differing := _differing(header_of(out), facts):
+    if not (known := header_of(out)):
+        raise InputError(f"{shown(out)} exists and is no file of embeddings; choose another --out")
+    if differing := _differing(known, facts):
         raise InputError(
             f"{shown(out)} exists and is not what is asked for (other {differing}); choose another --out, or "
             "delete it first"

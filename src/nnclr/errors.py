@@ -1,5 +1,6 @@
 """What can go wrong for a user, one class an exit code; the command line prints the message and nothing else."""
 
+import textwrap
 from collections.abc import Mapping
 
 
@@ -84,4 +85,4 @@ class NoProgressError(NNCLRError):
 def first_line(error: Exception) -> str:
     """What another library says in the first line of its error, or the error's kind where it says nothing."""
     text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
+    return textwrap.shorten(text.splitlines()[0], 160, placeholder=" ...") if text else type(error).__name__

@@ -81,7 +81,8 @@ def _data(data: str) -> Iterator[str]:
     source = open_source(data)
     yield f"{source.name}: {len(source)} images, fingerprint {source.fingerprint[:16]}"
     if source.labels is None or source.class_names is None:
-        yield "no labels: pre-training needs none, kNN and purity are not measured"
+        why = f" ({source.unlabelled})" if source.unlabelled else ""
+        yield f"no labels{why}: pre-training needs none, kNN and purity are not measured"
         return
     counts = np.bincount(source.labels, minlength=len(source.class_names))
     for name, count in list(zip(source.class_names, counts, strict=True))[:20]:

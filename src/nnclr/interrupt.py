@@ -1,8 +1,10 @@
 """Stopping on request: the step in progress is finished first."""
 
+import _thread
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
@@ -20,12 +22,12 @@ class StopRequest:
     Args:
         doing: what is done before the process ends, said on standard error as soon as a signal comes; empty for
             nothing, as in a job where another process says it.
-        leave: called before a second SIGINT ends the process.
+        note: called in a thread of its own when the first signal comes; it may hang, as storage does.
     """
 
-    def __init__(self, doing: str = "", leave: Callable[[], None] | None = None) -> None:
+    def __init__(self, doing: str = "", note: Callable[[], None] = lambda: None) -> None:
         self.asked: str | None = None
-        self._doing, self._leave, self._interrupted = doing, leave, False
+        self._doing, self._note, self._noted, self._interrupted = doing, note, False, False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -39,11 +41,18 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _take_note(self) -> None:
+        self._note()
+        self._noted = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._interrupted and number == signal.SIGINT:
-            if self._leave is not None:
-                self._leave()
+            until = time.monotonic() + 1.0
+            while not self._noted and time.monotonic() < until:
+                time.sleep(0.01)
             os._exit(130)
+        if self.asked is None:
+            _thread.start_new_thread(self._take_note, ())  # threading has locks that the interrupted code may hold
         self.asked = signal.Signals(number).name
         self._interrupted |= number == signal.SIGINT
         if self._doing:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from nnclr import counter, distributed
 from nnclr.checkpoint import write_atomically
+from nnclr.data.ahead import Threads
 from nnclr.data.augment import eval_image
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
@@ -65,16 +66,19 @@ def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Sour
 
 
 def _sheet(source: Source, rows: list[tuple[int, list[tuple[int, float]]]]) -> Image.Image:
+    shown = list({i: None for query, neighbours in rows for i in (query, *(i for i, _ in neighbours))})
+    with Threads(1) as pool:  # not in this thread: a read that hangs is named
+        tiles = dict(zip(shown, pool.map(lambda i: _thumbnail(source, i), shown), strict=True))
     sheet = Image.new("RGB", (_WIDTH, _HEAD + len(rows) * _PITCH + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 5), "query", fill="black")
     draw.text((_TILE + 4 * _GAP, 5), "nearest in the support set", fill="black")
     for row, (query, neighbours) in enumerate(rows):
         y = _HEAD + row * _PITCH
-        sheet.paste(_thumbnail(source, query), (_GAP, y))
+        sheet.paste(tiles[query], (_GAP, y))
         for column, (i, similarity) in enumerate(neighbours):
             x = _tile_x(column)
-            sheet.paste(_thumbnail(source, i), (x, y))
+            sheet.paste(tiles[i], (x, y))
             if i == query:
                 colour: tuple[int, int, int] | None = _SELF
             elif source.labels is None:

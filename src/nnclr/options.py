@@ -38,7 +38,7 @@ class Evaluate:
     out: str | None = None
     """File of result lines to add to; default evaluations.jsonl and baselines.jsonl of a run folder."""
     device: str = "cpu"
-    """Where the encoder runs: cpu, cuda or cuda:N."""
+    """Where the encoder runs: cpu, cuda, cuda:N or auto."""
     num_workers: int = 2
     """Threads that decode images."""
     seed: int = 0
@@ -108,7 +108,7 @@ class Embed:
     batch_size: int = 256
     """Images at a time."""
     device: str = "cpu"
-    """Where the encoder runs: cpu, cuda or cuda:N."""
+    """Where the encoder runs: cpu, cuda, cuda:N or auto."""
     num_workers: int = 2
     """Threads that decode images."""
 

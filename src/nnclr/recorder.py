@@ -105,6 +105,7 @@ class Recorder:
         """Say what is about to happen; evaluate the untrained network of a fresh run."""
         source, objective, say = self.source, self.state.objective, self.reporter.say
         classes = "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
+        classes = f", no labels: {source.unlabelled}" if source.unlabelled else classes
         left_out = "".join(f", {count} x {reason} left out" for reason, count in source.skipped.items())
         say(f"{source.name}: {len(source)} images{classes}{left_out}")
         heads = sum(p.numel() for p in objective.parameters())
@@ -112,7 +113,7 @@ class Recorder:
         say(
             f"{self.objective}, {self.backbone} {size / 1e6:.1f} M + heads {heads / 1e6:.1f} M parameters, "
             f"{self.image_size} px, batch {self.plan.batch_size}, {self.total} steps, {self.where}, "
-            f"{torch.get_num_threads()} threads"
+            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         )
         if isinstance(objective, NNCLR):
             share = objective.support_set.size / len(source)

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,15 @@ import nnclr
 from nnclr.blotted import command_without_secrets
 from nnclr.checkpoint import write_atomically
 from nnclr.data.images import Source
-from nnclr.errors import DataError, InputError, NoProgressError, Stopped, StorageError
+from nnclr.errors import (
+    DataError,
+    InputError,
+    NonFiniteError,
+    NoProgressError,
+    ReplicaError,
+    Stopped,
+    StorageError,
+)
 
 RESTARTS = 3  # from one checkpoint, after which a run is not started again
 
@@ -56,34 +64,40 @@ def create(run: Path) -> None:
 
 
 @contextmanager
-def attempt(run: Path, step: int) -> Iterator[None]:
+def attempt(run: Path, step: Callable[[], int]) -> Iterator[None]:
     """Count the starts from one checkpoint that were killed or failed before the next: a step may be poisoned.
 
-    Not counted are a stop on request, and ends whose message says what to repair before the next start.
+    Not counted are a start that was asked to stop, ends whose message says what to repair before the next one, and
+    errors before the first step of all, as of an objective that is being written.
 
     Args:
         run: the run folder, whose lock is held.
-        step: of the checkpoint, 0 for none.
+        step: gives the step that the run has come to: that of its checkpoint at first, 0 without.
 
     Raises:
         NoProgressError: if all starts that are granted were made.
     """
-    path = _attempts(run)
+    path, first = _attempts(run), step()
     try:
         known = json.loads(path.read_bytes())
-        starts = int(known["starts"]) if known["step"] == step else 0
+        starts = int(known["starts"]) if known["step"] == first else 0
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or cut off by a kill
         starts = 0
     if starts > RESTARTS:
         raise NoProgressError(
-            f"{run} was started again {RESTARTS} times from step {step} and never came to its next checkpoint; see "
-            f"what those starts ended with, and delete {path} to try once more"
+            f"{run} was started again {RESTARTS} times from step {first} and never came to its next checkpoint; see "
+            f"what those starts ended with, and delete {path} to try once more, perhaps with a smaller "
+            "--checkpoint-every-steps"
         )
-    write_atomically(path, json.dumps({"step": step, "starts": starts + 1}).encode())
+    write_atomically(path, json.dumps({"step": first, "starts": starts + 1}).encode())
     try:
         yield
-    except (Stopped, InputError, DataError, StorageError, KeyboardInterrupt):
+    except (Stopped, InputError, DataError, StorageError, NonFiniteError, ReplicaError, KeyboardInterrupt):
         forget_attempts(run)
+        raise
+    except Exception:
+        if step() == 0:
+            forget_attempts(run)
         raise
     forget_attempts(run)
 
@@ -170,6 +184,7 @@ def bad_samples_listed(run: Path, source: Source) -> Iterator[None]:
     except DataError as error:
         with suppress(OSError):  # the message names the first, and the code stays that of the data
             write_bad_samples(run, error.bad, source)
+        forget_attempts(run)  # of all ranks: to the others this one is lost
         raise
 
 

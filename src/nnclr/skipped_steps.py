@@ -176,8 +176,8 @@ class StepCheck:
                 NonFiniteError(
                     f"loss {loss} and gradient norm {norm} at step {step.number} are not both finite, as in "
                     f"{len(recent)} of the last {min(step.number + 1, WINDOW)} steps; none of them changed the weights "
-                    f"and the last checkpoint is good: see {self.run / 'nonfinite'}, lower the learning rate or use "
-                    "--precision fp32"
+                    f"and the last checkpoint is good: see {self.run / 'nonfinite'}, and start with a lower learning "
+                    "rate or --precision fp32 in another --out"
                 )
             )
 

@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from nnclr.errors import InputError, NonFiniteError
 from nnclr.evaluation.metrics import half_width
 from nnclr.plots import draw_sweep
 from nnclr.run_folder import Run
-from nnclr.training import check_settings, pretrain
+from nnclr.training import check_existing, check_settings, pretrain
 
 _KEYS = {"data", "preset", "test_data", "seeds", "settings", "grid"}
 # Fields that no table may set, and what sets them.
@@ -136,7 +136,7 @@ def _run_cell(spec: Spec, out: Path, cell: dict[str, Any], done: int, quiet: boo
     total = math.prod(len(choices) for choices in spec.grid.values()) * len(spec.seeds)
     for number, seed in enumerate(spec.seeds, done + 1):
         fields = {**spec.settings, **cell, "seed": seed}
-        name = f"{_slug(cell)}-seed{seed}"
+        name = _name(cell, seed)
         if not quiet:
             before = ": finished before" if (out / name / "report.html").exists() else ""
             print(f"run {number} of {total}: {name}{before}", flush=True)
@@ -176,13 +176,16 @@ def check(spec: Spec, out: Path) -> None:
         if images is not None and images.labels is None:
             raise InputError(f"{images.name} has no labels, so that the runs of a sweep cannot be compared")
     for cell in spec.cells():
-        _check_cell(source, spec, out, {**spec.settings, **cell, "seed": min(spec.seeds)})
+        _check_cell(source, spec, out, cell)
 
 
-def _check_cell(source: Source, spec: Spec, out: Path, fields: dict[str, Any]) -> None:
+def _check_cell(source: Source, spec: Spec, out: Path, cell: dict[str, Any]) -> None:
+    fields = {**spec.settings, **cell, "seed": min(spec.seeds)}
     config = check_settings(spec.data, str(out), spec.preset, source, **fields)
     if config.evaluate_every_epochs == 0:
         raise InputError("evaluate_every_epochs=0 measures nothing that a sweep could compare; use another number")
+    for seed in spec.seeds:
+        check_existing(out / _name(cell, seed), replace(config, seed=seed), source)
 
 
 def final_knn(run: Run) -> float:
@@ -214,9 +217,9 @@ def _distinct(origins: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _write(out: Path, path: Path, spec: Spec, rows: list[dict[str, Any]]) -> None:
     record = {"spec": path.read_text(), "seeds": spec.seeds, "rows": rows}
     write_atomically(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
-    names = list(spec.grid)
+    names, seeds = list(spec.grid), f"{len(spec.seeds)} seed{'s' * (len(spec.seeds) > 1)}"
     lines = [
-        f"kNN accuracy in %, mean and 95 % interval over {len(spec.seeds)} seeds ({path.name}), {_came_from(rows)}\n",
+        f"kNN accuracy in %, mean and 95 % interval over {seeds} ({path.name}), {_came_from(rows)}\n",
         f"| {' | '.join(names)} | kNN |",
         "|---" * (len(names) + 1) + "|",
         *(f"| {' | '.join(_shown(row['cell'][name]) for name in names)} | {_percent(row)} |" for row in rows),
@@ -256,6 +259,11 @@ def _percent(row: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _name(cell: dict[str, Any], seed: int) -> str:
+    """Of the folder of a run."""
+    return f"{_slug(cell)}-seed{seed}"
 
 
 def _slug(cell: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from nnclr.data.images import Source
 from nnclr.data.loader import Loader, Plan, create_loader
 from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.device import choose_device, choose_precision
-from nnclr.errors import InputError, Stopped, StorageError
+from nnclr.errors import InputError, NoCheckpointError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
@@ -126,7 +126,7 @@ def train(
         restored = restore(run, state, config, source)
         distributed.barrier()  # some may have read their images faster
         check, undo, stop = StepCheck(run, state, device), Undo(state), stack.enter_context(stop_request(run))
-        distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, restored is None, stack))
+        distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, stack))
         recorder = create_recorder(run, config, source, test, state, loader, plan, total, quiet)
         try:
             recorder.start(restored)
@@ -368,10 +368,13 @@ def restore(run: Path, state: TrainState, config: Config, source: Source) -> lis
 
     def load() -> dict[str, Any] | None:
         folder = run / "checkpoints"
-        checkpoint.clean(folder)
+        checkpoint.clean(run)
         found, skipped = checkpoint.load_latest(folder)
         if found is None:
             return None
+        missing = {"config", "data", "images", "data_fingerprint", "notes"} - found.state.keys()
+        if missing:
+            raise NoCheckpointError(f"{found.path} does not say its {min(missing)}: it is none of a run; remove it")
         differing = differences(from_toml(found.state["config"].encode(), str(found.path)), config)
         if differing:  # where config.toml was lost
             raise other_config(run, differing)
@@ -392,27 +395,25 @@ def restore(run: Path, state: TrainState, config: Config, source: Source) -> lis
 
 
 def stop_request(run: Path) -> StopRequest:
-    """Signals are answered once in a job; leaving without a checkpoint, as asked, counts as no failed start."""
+    """Signals are answered once in a job; a start that was asked to stop counts as no failed one, however it ends."""
     doing = "finishing the step and writing a checkpoint" if distributed.rank() == 0 else ""
     return StopRequest(doing, lambda: run_folder.forget_attempts(run))
 
 
-def begin(
-    run: Path, config: Config, source: Source, state: TrainState, finished: bool, fresh: bool, stack: ExitStack
-) -> None:
+def begin(run: Path, config: Config, source: Source, state: TrainState, finished: bool, stack: ExitStack) -> None:
     """What is left to do on rank 0 before steps are taken: find room, keep the record, and count this start.
 
     A finished run keeps the record of where it was trained.
 
     Raises:
-        StorageError: if there is no room for checkpoints: one is written before the oldest goes.
+        StorageError: if there is no room for checkpoints.
         NoProgressError: if too many starts never came to the next checkpoint.
     """
     if finished and (run / "config.toml").is_file():
         return
-    checkpoint.require_room(run, state.nbytes(), checkpoint.KEEP + fresh)
+    checkpoint.require_room(run, state.nbytes())
     run_folder.write_record(run, to_toml(config), config.device, source)
-    stack.enter_context(run_folder.attempt(run, state.step))
+    stack.enter_context(run_folder.attempt(run, lambda: state.step))
 
 
 def create_recorder(

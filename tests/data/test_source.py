@@ -1,5 +1,6 @@
 import gzip
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -14,6 +15,7 @@ from nnclr.data.decode import BadImage
 from nnclr.data.images import printable
 from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.errors import InputError
+from nnclr.evaluation.task import no_labels
 from tests.data.test_decode import encoded
 
 
@@ -304,3 +306,19 @@ def test_nothing_is_written_among_the_images(tmp_path):
     for data, out in (("photos", "photos2"), ("photos/a", "photos/run"), ("absent", "absent/run")):
         refuse_inside(str(tmp_path / data), tmp_path / out)
     refuse_inside((np.zeros(1), np.zeros(1)), tmp_path)
+
+
+def test_pictures_beside_class_folders_are_named_as_what_takes_the_labels(tmp_path):
+    for name in ("cats/1.png", "cats/2.png", "dogs/3.png", "loose one.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    source = open_source(tmp_path)
+    assert source.labels is None
+    assert source.unlabelled == "one of 4 images lies in no class folder (loose one.png)"
+    assert "has no labels, and evaluation needs them: one of 4 images" in no_labels(source)
+    (tmp_path / "loose one.png").unlink()
+    assert (open_source(tmp_path).unlabelled, open_source(tmp_path).labels is None) == ("", False)
+    shutil.rmtree(tmp_path / "dogs")
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    assert open_source(tmp_path).unlabelled == ""  # most are in none: that is how they are kept

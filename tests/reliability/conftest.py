@@ -4,7 +4,7 @@ import pytest
 
 from tests.reliability.runs import Warm
 
-LIMIT = 150  # seconds a test of this folder may take before its process is ended with the stacks of all threads
+LIMIT = 300  # seconds a test of this folder may take before its process is ended with the stacks of all threads
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import nnclr
 from nnclr import checkpoint, plots, report
-from nnclr.errors import InputError, NoCheckpointError, StorageError
+from nnclr.errors import FolderInUseError, InputError, NoCheckpointError, StorageError
 from tests import legacy
 from tests.reliability import runs
 from tests.reliability.runs import after_update, final, same, train
@@ -289,19 +289,32 @@ def pretrain(run, **changes):
 
 
 def test_too_little_room_is_noticed_before_the_first_step(monkeypatch, stopped, tmp_path):
-    """Three checkpoints must fit, or two more where two are there; what is free is named with what is needed."""
+    """All checkpoints that are ever there together must fit: a byte less is refused, and the control has that byte."""
     fresh, begun = tmp_path / "fresh", tmp_path / "begun"
     shutil.copytree(stopped, begun)
-    size = sum(path.stat().st_size for path in (begun / "checkpoints/step-00000007").iterdir())
+    written = sum(path.stat().st_size for path in (begun / "checkpoints/step-00000007").iterdir())
+    size = nbytes_of_a_run()
+    assert size == pytest.approx(written, abs=20_000)  # the generator's state and the text
+    together = checkpoint.KEEP + 2  # that which a process began from, and that which is written
     monkeypatch.setattr(nnclr.NNCLR, "forward", lambda *_: pytest.fail("a step was begun"))
-    for run, number in ((fresh, 3), (begun, 2)):
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        with pytest.raises(StorageError, match=rf"{number} checkpoints in .* need 1 MiB and 0 MiB are free: make room"):
-            pretrain(run)
-        assert not (run / "attempts.json").exists()
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10 * size}))
+    for run, number in ((fresh, together), (begun, together - 2)):
+        for free in (1000, number * size - 1):
+            monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+            with pytest.raises(StorageError, match=rf"{number} more checkpoints in .* takes .* MiB and \d+ MiB are free: make"):
+                pretrain(run)
+            assert not (run / "attempts.json").exists()
+        enough = type("Usage", (), {"free": number * size})
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, enough=enough: enough)
         with pytest.raises(pytest.fail.Exception, match="a step was begun"):  # the control
             pretrain(run)
+
+
+def nbytes_of_a_run():
+    from nnclr.config import make_config
+    from nnclr.training import build, resolve
+
+    config = resolve(make_config("data", "out", **runs.SETTINGS), nnclr.data.source.open_source(runs.data()))
+    return build(config, torch.device("cpu"), runs.backbone()).nbytes()
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
@@ -413,6 +426,33 @@ def test_other_images_are_refused(quick, tmp_path, count):
     start(moved)
     count("A12", "changes of the images that were refused", refused, len(MUTATIONS))
     assert refused == len(MUTATIONS)
+
+
+def test_what_a_kill_left_unfinished_is_gone_at_the_next_start(warm, stopped, tmp_path):
+    """Also beside the checkpoints; what another process may be writing into the folder stays, and so do real files."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(stopped, run)
+    left = [
+        *("encoder/.tmp-model.safetensors-99", "encoder/.tmp-config.json-99", ".tmp-config.toml-99"),
+        *(".tmp-metrics.jsonl-99", ".tmp-report.html-99", ".tmp-curves.png-99", "checkpoints/.tmp-8-99/state.json"),
+        *("neighbours/.tmp-step-00000010.png-99", "nonfinite/.tmp-step-00000003.json-99"),
+    ]
+    others = [".tmp-vectors.parquet-abc/0", ".tmp-list.index-99", ".tmp-mine.json", "encoder/model.safetensors-99"]
+    for name in left + others:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes(b"part")
+    assert warm.run("tests.reliability.runs:stop_after", str(run), 8, log=log) == 80, log.read_text()
+    assert [name for name in left if (run / name).exists()] == []
+    assert [name for name in others if not (run / name).exists()] == []
+
+
+def test_without_the_lock_nothing_unfinished_is_touched(stopped, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    (run / "encoder/.tmp-config.json-99").write_bytes(b"another process's")
+    with checkpoint.lock(run), pytest.raises(FolderInUseError):
+        pretrain(run)
+    assert (run / "encoder/.tmp-config.json-99").exists()
 
 
 def final_of(run):

@@ -247,8 +247,15 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 
 def poisoned(folder, step):
-    """In a child: the run, which dies in a step however often it is started."""
-    after_update(step, die)
+    """In a child: the run, which dies in a step however often it is started, with the checkpoint before it written."""
+
+    def strike():
+        until = time.monotonic() + 30
+        while not any(Path(folder).glob("checkpoints/step-*")) and time.monotonic() < until:
+            time.sleep(0.01)
+        die()
+
+    after_update(step, strike)
     train(folder)
 
 
@@ -296,22 +303,24 @@ def test_starts_are_counted_by_step_and_damage_is_forgiven(tmp_path):
     from nnclr.run_folder import attempt
 
     def start(step, error):
-        with pytest.raises(type(error)), attempt(tmp_path, step):
+        with pytest.raises(type(error)), attempt(tmp_path, lambda: step):
             raise error
 
-    for _ in range(3):
+    for _ in range(5):
+        start(0, TypeError("an objective that is being written, at the first step of all"))
+    for _ in range(4):
         start(6, RuntimeError("killed, as far as the file can tell"))
-    start(6, NonFiniteError("the same at each start"))
-    with pytest.raises(NoProgressError) as raised, attempt(tmp_path, 6):
+    with pytest.raises(NoProgressError) as raised, attempt(tmp_path, lambda: 6):
         pytest.fail("begun")
     assert raised.value.exit_code == 87
     start(9, RuntimeError("there was a new checkpoint"))
     assert json.loads((tmp_path / "attempts.json").read_text()) == {"step": 9, "starts": 1}
-    start(9, DataError("repair the images and start again"))
-    assert not (tmp_path / "attempts.json").exists()
+    for error in (DataError("repair the images and start again"), NonFiniteError("another learning rate")):
+        start(9, error)
+        assert not (tmp_path / "attempts.json").exists()
     for damage in (b"", b"[]", b'{"step": 9}', b"\xff"):
         (tmp_path / "attempts.json").write_bytes(damage)
-        with attempt(tmp_path, 9):
+        with attempt(tmp_path, lambda: 9):
             assert json.loads((tmp_path / "attempts.json").read_text())["starts"] == 1
 
 

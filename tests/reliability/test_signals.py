@@ -69,14 +69,18 @@ def arm(phase, send):
     from nnclr.evaluation.online import OnlineKNN
 
     measure, save, fill = OnlineKNN.measure, checkpoint.save, StreamLoader._fill
-    measured = []
 
     def measuring(self, encoder):
-        result = measure(self, encoder)
-        measured.append(encoder.provenance["step"])
-        if measured[-1] == (0 if phase.startswith("before") else 10):
-            send()
-        return result
+        if encoder.provenance["step"] == (0 if phase.startswith("before") else 10):
+            features, waiting = encoder.features, [send]
+
+            def halfway(views):
+                if waiting:
+                    waiting.pop()()  # which the rest of the measuring must not lose
+                return features(views)
+
+            encoder.features = halfway
+        return measure(self, encoder)
 
     def saving(folder, step, *rest):
         if step == 6:
@@ -155,3 +159,28 @@ def test_control_without_handlers_the_signal_ends_it(warm, tmp_path, name):
     assert code == (1 if name == "SIGINT" else -signal.Signals[name])  # KeyboardInterrupt, which the child caught
     newest = checkpoint.load_latest(tmp_path / "run/checkpoints")[0]
     assert newest is None or newest.step <= 6
+
+
+def unheard(folder, phase):
+    """In a child: an evaluation during which signals are lost."""
+    from nnclr.evaluation import online
+
+    evaluate = online.evaluate
+
+    def losing(*arguments, **options):
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return evaluate(*arguments, **options)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    online.evaluate = losing
+    interrupted(folder, "SIGTERM", phase)
+
+
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if "measured" in phase or "evaluated" in phase])
+def test_control_an_evaluation_that_loses_a_signal_is_noticed(warm, tmp_path, phase):
+    log = tmp_path / "log"
+    assert warm.run(f"{HERE}:unheard", str(tmp_path / "run"), phase, log=log) == 0  # where the test above asks for 80
+    assert "seconds " in log.read_text()  # it was sent

@@ -1,7 +1,9 @@
 """Work on many images by threads: in order, in bounded memory, and never hanging in silence.
 
 A read can block for ever: a file server that is gone, a disk that dies. No thread can be ended from outside, but who
-waits for it can say what it reads, give up, and leave.
+waits for it can say what it reads, give up, and leave. A stop that is asked for meanwhile is heard where the caller
+passes `asked`, as the training of one process does; elsewhere (evaluations, embed, pack, jobs of several processes) it
+waits for the read or for the end of patience.
 """
 
 import os
@@ -22,6 +24,7 @@ SAID_AFTER = 10.0  # seconds that one image may take before its name is said
 MOST_SECONDS = 600.0  # and before its storage counts as gone: a server that is started anew is back by then
 _SAID_AGAIN = 60.0
 _LOOK = 0.5  # seconds between two looks at what takes so long
+_PAUSED = 5.0  # seconds between two looks that mean that the whole process was stopped
 _LEAVE = 5.0  # seconds that threads have to end; one that hangs is left behind
 _AHEAD = 64  # results that wait for their turn
 
@@ -44,35 +47,6 @@ def reading(name: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         _under_way.pop(thread, None)
-
-
-def wait_for(future: "Future[Result]", asked: Callable[[], bool] | None = None) -> Result:
-    """The result of a future; an image that takes long is named in a warning, again each minute.
-
-    Raises:
-        AskedToStop: where `asked` says so before the result is there.
-        DataError: if one image has been read for ten minutes.
-    """
-    due = SAID_AFTER
-    while not future.done():
-        if asked is not None and asked():
-            raise AskedToStop
-        with suppress(TimeoutError):
-            future.exception(_LOOK)
-        now, under_way = time.monotonic(), _under_way.copy()
-        since, name = min(under_way.values(), key=lambda read: read[0], default=(now, str))
-        if now - since > MOST_SECONDS:
-            raise DataError(
-                f"{name()} has been read for {now - since:.0f} s without an end: its storage does not answer; run the "
-                "same command again when it does"
-            )
-        if now - since > due:
-            warnings.warn(
-                f"{name()} has been read for {now - since:.0f} s and is not there yet: its storage is slow or gone",
-                stacklevel=2,
-            )
-            due = now - since + _SAID_AGAIN
-    return future.result()
 
 
 class Threads:
@@ -102,7 +76,45 @@ class Threads:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Begin all at once, and give the results in order."""
         futures = deque([self.submit(function, item) for item in items])
-        return (wait_for(futures.popleft()) for _ in range(len(futures)))
+        return (self.wait_for(futures.popleft()) for _ in range(len(futures)))
+
+    def wait_for(self, future: "Future[Result]", asked: Callable[[], bool] | None = None) -> Result:
+        """The result of a future of these threads; an image that takes long is named in a warning, again each minute.
+
+        Raises:
+            AskedToStop: where `asked` says so before the result is there.
+            DataError: if it was waited for one image for ten minutes.
+        """
+        due, looked = SAID_AFTER, time.monotonic()
+        began = looked  # what passed before, perhaps in a process that was stopped, is not held against a read
+        while not future.done():
+            if asked is not None and asked():
+                raise AskedToStop
+            now = time.monotonic()
+            if now - looked > _PAUSED:  # stopped by a signal, a scheduler or a frozen container, and awake again
+                began, due = now, SAID_AFTER
+            looked = now
+            since, name = self._oldest_read(now)
+            seconds = now - max(since, began)
+            if seconds > MOST_SECONDS:
+                raise DataError(
+                    f"{name()} has been read for {seconds:.0f} s without an end: its storage does not answer; run the "
+                    "same command again when it does"
+                )
+            if seconds > due:
+                warnings.warn(
+                    f"{name()} has been read for {seconds:.0f} s and is not there yet: its storage is slow or gone",
+                    stacklevel=2,
+                )
+                due = seconds + _SAID_AGAIN
+            with suppress(TimeoutError):
+                future.exception(_LOOK)
+        return future.result()
+
+    def _oldest_read(self, now: float) -> tuple[float, Callable[[], str]]:
+        """Since when one of these threads reads, and the name of what; threads that others left behind do not count."""
+        reads = [read for thread in self._threads if (read := _under_way.get(thread.ident or 0)) is not None]
+        return min(reads, key=lambda read: read[0], default=(now, str))
 
     def close(self) -> None:
         """Forget what has not begun, and wait a little for what has."""
@@ -153,6 +165,6 @@ def ahead(
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > _AHEAD:
-                yield wait_for(waiting.popleft())
+                yield pool.wait_for(waiting.popleft())
         while waiting:
-            yield wait_for(waiting.popleft())
+            yield pool.wait_for(waiting.popleft())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nnclr.data.images import Source, array_source, shown
-from nnclr.errors import InputError
+from nnclr.errors import InputError, first_line
 
 # What NumPy raises for files that are none: it evaluates a header as a literal of Python.
 UNREADABLE = (OSError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError, EOFError, SyntaxError,
@@ -49,6 +49,5 @@ def open_npy(path: Path) -> np.ndarray:
         # open_memmap compares the header with the size of the file, and takes neither objects nor archives.
         mapped: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except UNREADABLE as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{shown(path)} is not a readable NumPy file: {reason}") from error
+        raise InputError(f"{shown(path)} is not a readable NumPy file: {first_line(error)}") from error
     return mapped

@@ -81,6 +81,7 @@ def folder_source(roots: Sequence[Path]) -> Source:
         labels,
         class_names,
         dict(skipped),
+        unlabelled=_loose([path for scan in scans for path, *_ in scan.images]),
         revision=written,
         content=content,
     )
@@ -151,6 +152,15 @@ def _folder_labels(paths: list[bytes]) -> tuple[np.ndarray | None, tuple[str, ..
     names = sorted(set(folders))
     number = {name: i for i, name in enumerate(names)}
     return np.array([number[folder] for folder in folders]), tuple(printable(name) for name in names)
+
+
+def _loose(paths: list[bytes]) -> str:
+    """The few images that lie beside class folders, and so take the labels from all others."""
+    loose = [path for path in paths if b"/" not in path]
+    if not 0 < len(loose) < len(paths) / 2:
+        return ""
+    lie = f"{len(loose)} of {len(paths)} images lie" if len(loose) > 1 else f"one of {len(paths)} images lies"
+    return f"{lie} in no class folder ({printable(loose[0])}{', ...' if len(loose) > 1 else ''})"
 
 
 def _nothing_found(name: str, others: Counter[str], skipped: Counter[str]) -> str:

@@ -34,6 +34,7 @@ class Source:
         labels: (n,) int64 class indices, or None.
         class_names: name of each class, or None.
         skipped: reason -> files that were not taken.
+        unlabelled: why there are no labels, where that may not be meant; empty otherwise.
         multilabels: (n, classes) int8 where an image may show several classes: 1 for each that it shows, 0 for
             each that it does not, -1 for what is not scored; else None.
         revision: changes when a file is written anew, which the fingerprint does not notice where the size stays.
@@ -50,6 +51,7 @@ class Source:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    unlabelled: str = ""
     multilabels: np.ndarray | None = None
     revision: str = ""
     content: Callable[[int], bytes] | None = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nnclr import counter
-from nnclr.data.ahead import AskedToStop, Threads, ahead, wait_for
+from nnclr.data.ahead import AskedToStop, Threads, ahead
 from nnclr.data.augment import (
     Parameters,
     View,
@@ -143,7 +143,9 @@ def load_resident(source: Source, device: torch.device, num_workers: int) -> tup
     Unreadable images stay black and are named in the second value.
     """
     bad: dict[int, str] = {}
-    first = next((image for image in (_read(source, i, bad) for i in range(len(source))) if image is not None), None)
+    with Threads(1) as pool:  # one after the other, but not in this thread: a read that hangs is named
+        read = (pool.wait_for(pool.submit(_read, source, i, bad)) for i in range(len(source)))
+        first = next((image for image in read if image is not None), None)
     if first is None:
         raise DataError(
             f"none of the {len(source)} images of {source.name} can be read: {next(iter(bad.values()))}", bad
@@ -285,9 +287,9 @@ class StreamLoader:
                 parts = [range(row, min(row + _PART, len(ids))) for row in range(0, len(ids), _PART)]
                 waiting.append((work, [pool.submit(self._fill, work, part) for part in parts]))
                 if len(waiting) > most:
-                    yield self._wait(*waiting.popleft(), asked)
+                    yield self._wait(pool, *waiting.popleft(), asked)
             while waiting:
-                yield self._wait(*waiting.popleft(), asked)
+                yield self._wait(pool, *waiting.popleft(), asked)
         except AskedToStop:
             return
         finally:
@@ -365,10 +367,10 @@ class StreamLoader:
         room = min(min(box[2:]) / view.size for view, box in zip(views, boxes, strict=True))
         return max(factor for factor in _REDUCTIONS if factor <= max(room, 1))
 
-    def _wait(self, work: _Work, parts: list[Future[None]], asked: Callable[[], bool] | None) -> Batch:
+    def _wait(self, pool: Threads, work: _Work, parts: list[Future[None]], asked: Callable[[], bool] | None) -> Batch:
         began = time.perf_counter()
         for part in parts:
-            wait_for(part, asked)
+            pool.wait_for(part, asked)
         return self._finish(work, began)
 
     def _finish(self, work: _Work, began: float) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnclr.data.images import Source, array_source
-from nnclr.errors import InputError
+from nnclr.errors import InputError, first_line
 
 INSTALLED = Path("/usr/share/datasets")  # where Debian's dataset-* packages put their files
 _CLASSES = {
@@ -80,7 +80,7 @@ def _torchvision(name: str, split: str) -> Any:
     try:
         return getattr(datasets, _CLASSES[name])(root, download=True, **which)
     except Exception as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
-            f"torchvision:{name} is not in {root} and could not be downloaded ({reason}); put its files there"
+            f"torchvision:{name} is not in {root} and could not be downloaded ({first_line(error)}); "
+            "put its files there"
         ) from error

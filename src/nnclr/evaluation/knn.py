@@ -26,18 +26,18 @@ def nearest_rows(train: Tensor, test: Tensor, k: int, block: int = _BLOCK) -> tu
         train: (m, d) features, normalised here.
         test: (n, d) features, normalised here.
         k: at most m.
-        block: rows of either side that are compared at a time; memory is O(block ** 2 + block * d), the result does
-            not depend on it.
+        block: rows of either side that are compared at a time; memory is O(block ** 2 + block * d); of equal rows
+            another one may be found with another block.
 
     Returns:
         Similarities (n, k) float32 and indices (n, k) int64.
     """
-    best = torch.full((len(test), 0), 0.0, device=train.device)
-    where = torch.zeros(len(test), 0, dtype=torch.int64, device=train.device)
+    best = torch.full((len(test), 0 if len(test) else k), 0.0, device=train.device)
+    where = torch.zeros(best.shape, dtype=torch.int64, device=train.device)
     quick = train.device.type == "cpu" and bfloat16_is_native(train.device)
     start = 0
     with torch.autocast(train.device.type, enabled=False):
-        while start < len(train):
+        while start < len(train) and len(test):
             some = train[start : start + (_WIDE * block if quick else block)]
             if quick and len(some) >= _GROUP * max(k, _LEAST):
                 some = some[: len(some) // _GROUP * _GROUP]

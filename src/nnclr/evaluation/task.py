@@ -123,7 +123,8 @@ def _labels(source: Source) -> np.ndarray:
 
 def no_labels(source: Source) -> str:
     """The sentence for images without labels."""
-    return f"{source.name} has no labels, and evaluation needs them: one folder a class, or a label column"
+    why = source.unlabelled or "one folder a class, or a label column"
+    return f"{source.name} has no labels, and evaluation needs them: {why}"
 
 
 def split(data: Any, test: Any, seed: int) -> tuple[Source, Source]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnclr.errors import InputError
+from nnclr.errors import InputError, first_line
 
 SMALL_IMAGE = 64  # pixels; up to this size a ResNet gets the 3x3 stride-1 stem without max-pool
 
@@ -116,8 +116,7 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
         with torch.no_grad():
             features = backbone(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the backbone cannot take {image_size} x {image_size} images: {reason}") from error
+        raise InputError(f"the backbone cannot take {image_size} x {image_size} images: {first_line(error)}") from error
     finally:
         backbone.train(was_training)
     if not isinstance(features, Tensor) or features.ndim != 2:
