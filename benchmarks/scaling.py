@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 RECORD, PAGE = Path("docs/results/scaling.json"), Path("docs/scale.md")
-BEGIN, END = "<!-- written by python -m benchmarks.scaling -->", "<!-- end of what it wrote -->"
+BEGIN, END = "<!-- table: written by python -m benchmarks.scaling -->", "<!-- end of the table -->"
 DIM, EVERY, LINES = 128, 4, 5  # width of embeddings; steps between lines; lines, of which the first is left out
 
 

@@ -300,7 +300,9 @@ def test_too_little_room_is_noticed_before_the_first_step(monkeypatch, stopped, 
     for run, number in ((fresh, together), (begun, together - 2)):
         for free in (1000, number * size - 1):
             monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
-            with pytest.raises(StorageError, match=rf"{number} more checkpoints in .* takes .* MiB and \d+ MiB are free: make"):
+            with pytest.raises(
+                StorageError, match=rf"{number} more checkpoints in .* takes .* MiB and \d+ MiB are free: make"
+            ):
                 pretrain(run)
             assert not (run / "attempts.json").exists()
         enough = type("Usage", (), {"free": number * size})

@@ -77,12 +77,12 @@ def _of_candidates(train: Tensor, test: Tensor, k: int, block: int, known: Tenso
         block: rows that are normalised at a time.
         known: similarities (n, 0 or 1) that k other rows reach.
     """
-    unit = torch.cat([F.normalize(rows.float(), dim=1).to(torch.bfloat16) for rows in train.split(block)])
-    moved = max(
-        float((F.normalize(rows.float(), dim=1) - rounded.float()).norm(dim=1).max())
-        for rows, rounded in zip(train.split(block), unit.split(block), strict=True)
-    )
-    inverse = 1 / train.float().norm(dim=1).clamp(min=1e-12)
+    unit, moved = torch.empty(train.shape, dtype=torch.bfloat16), 0.0
+    for rows, rounded in zip(train.split(max(1, block // 4)), unit.split(max(1, block // 4)), strict=True):
+        exact = F.normalize(rows.float(), dim=1)
+        rounded.copy_(exact)
+        moved = max(moved, float(exact.sub_(rounded.float()).norm(dim=1).max()))
+    inverse = 1 / torch.cat([rows.float().norm(dim=1) for rows in train.split(max(1, block // 4))]).clamp(min=1e-12)
     groups = len(train) // _GROUP
     found: list[tuple[Tensor, Tensor]] = []
     for queries, kths in zip(test.split(_QUERIES), known.split(_QUERIES), strict=True):
