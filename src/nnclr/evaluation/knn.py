@@ -79,9 +79,9 @@ def _of_candidates(train: Tensor, test: Tensor, k: int, block: int, known: Tenso
     """
     unit, moved = torch.empty(train.shape, dtype=torch.bfloat16), 0.0
     for rows, rounded in zip(train.split(max(1, block // 4)), unit.split(max(1, block // 4)), strict=True):
-        exact = F.normalize(rows.float(), dim=1)
-        rounded.copy_(exact)
-        moved = max(moved, float(exact.sub_(rounded.float()).norm(dim=1).max()))
+        of_length_1 = F.normalize(rows.float(), dim=1)
+        rounded.copy_(of_length_1)
+        moved = max(moved, float(of_length_1.sub_(rounded.float()).norm(dim=1).max()))
     inverse = 1 / torch.cat([rows.float().norm(dim=1) for rows in train.split(max(1, block // 4))]).clamp(min=1e-12)
     groups = len(train) // _GROUP
     found: list[tuple[Tensor, Tensor]] = []
