@@ -254,7 +254,7 @@ def judge(event: Event, job: Job, damaged: set[Path]) -> None:
 def judge_later(event: Event, job: Job) -> None:
     """What the next process says of the damage, and that it got to work."""
     if event.recovery is None and not job.wait(0):
-        event.wrong.append("no step within two minutes after it")
+        event.wrong.append("no step within five minutes after it")
     words = EXPECTED[event.fault][1]
     if event.fault in LATER and words not in job.said():
         event.wrong.append(f"the next process did not say {words!r}")
@@ -263,13 +263,18 @@ def judge_later(event: Event, job: Job) -> None:
 class Soak:
     """The state of a soak: folders, the clock, the events."""
 
-    def __init__(self, folder: Path, minutes: float, seed: int, can_mount: bool) -> None:
+    def __init__(self, folder: Path, record: Path, minutes: float, seed: int, can_mount: bool) -> None:
         self.folder, self.chance, self.can_mount = folder, random.Random(seed), can_mount
         self.began, self.end = time.monotonic(), time.monotonic() + 60 * minutes
         self.events: list[Event] = []
         self.finished: list[dict[str, object]] = []
         self.reference: dict[int, str] = {}
-        self.data = folder / "images"
+        self.data, self.record = folder / "images", record
+
+    def write(self, event: Event) -> None:
+        """A line, so that what was seen is not lost with this process."""
+        with open(self.record, "a") as file:
+            file.write(json.dumps(asdict(event)) + "\n")
 
     def prepare(self) -> None:
         """The images, and the runs that nothing happens to."""
@@ -303,7 +308,7 @@ class Soak:
             while True:
                 few = before is not None and before.fault == "few file descriptors"
                 job = Job(self.data, run, processes, few)
-                recovery = job.first_step(120)
+                recovery = job.first_step(300)
                 if before is not None:
                     before.recovery = recovery
                     judge_later(before, job)
@@ -333,6 +338,7 @@ class Soak:
             goes_on = self.inject(event, job, damaged, spoilt)
             judge(event, job, damaged)
             self.events.append(event)
+            self.write(event)
             print(f"{now:7.0f} s  run {number}, step {event.step}: {fault} -> {event.codes}", *event.wrong, flush=True)
             if not goes_on:
                 return event
@@ -386,7 +392,8 @@ class Soak:
 
     def damage(self, name: str, run: Path, damaged: set[Path], spoilt: dict[Path, bytes]) -> None:
         """What is done to files after the kill."""
-        newest, older = (checkpoints(run) * 2)[:2]  # one where the other was deleted before; then this is a kill alone
+        found = checkpoints(run)  # few where some were deleted before; then this is a kill alone
+        newest, older = found[:2] if len(found) > 1 else (run, run)
         if name == "newest checkpoint damaged":
             flip_a_byte(newest / "tensors.safetensors", self.chance)
             damaged.add(newest)
@@ -485,12 +492,13 @@ def main() -> int:
         mount = ["mount", "-t", "tmpfs", "tmpfs", folder / "mounted"]
         can_mount = subprocess.run(mount, capture_output=True, check=False).returncode == 0
         subprocess.run(["umount", folder / "mounted"], capture_output=True, check=False)
-        soak = Soak(folder, options.minutes, options.seed, can_mount)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "soak.jsonl").unlink(missing_ok=True)
+        soak = Soak(folder, options.out / "soak.jsonl", options.minutes, options.seed, can_mount)
         soak.prepare()
         soak.began, soak.end = time.monotonic(), time.monotonic() + 60 * options.minutes
         soak.go()
     seconds = time.monotonic() - soak.began
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "soak.jsonl").write_text("".join(json.dumps(asdict(event)) + "\n" for event in soak.events))
     (options.out / "soak.md").write_text(report(soak, seconds, options.seed))
     print((options.out / "soak.md").read_text())

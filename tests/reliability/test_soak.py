@@ -82,7 +82,7 @@ def test_files(run):
 
 
 def test_ends(run, tmp_path_factory):
-    judge = soak.Soak(run, 1.0, 0, False)
+    judge = soak.Soak(run, run / "soak.jsonl", 1.0, 0, False)
     judge.reference = {1: soak.digest(run)}
     judge.judge_end(1, ended(run, [0]), {})
     judge.reference = {1: "20 of another"}
