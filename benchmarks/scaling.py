@@ -1,7 +1,7 @@
 """Time and memory of a step against batch, support set and processes, beside a cost model; and what it says of more.
 
     python -m benchmarks.scaling            # three minutes of two cores; writes docs/results/scaling.json
-    python -m benchmarks.scaling --page     # writes the part of docs/scale.md between its two marks anew
+    python -m benchmarks.scaling --page     # writes its part of docs/scale.md anew; without a record, what is on paper
 
 Each point is a run of its own in fresh processes, trained on random 32 px images. Seconds of a step are the median
 over lines of metrics.jsonl, memory is the largest of a process. The model has four prices, found by least squares over
@@ -187,7 +187,8 @@ def on_paper() -> list[str]:
     return [
         "### On paper: 64 GPUs, a billion images",
         "",
-        "Computed by the same formulas and never run: ResNet-50, batch 4,096, embeddings of width 256, 64 processes.",
+        "Computed by the formulas of [benchmarks/scaling.py](../benchmarks/scaling.py) and never run: ResNet-50, batch 4,096, "
+        "embeddings of width 256, 64 processes.",
         "",
         "| support set | sent by a process in a step | look-up of a process | set held by a process | a checkpoint |",
         "|---|--:|--:|--:|--:|",
@@ -226,7 +227,8 @@ def main() -> None:
         )
     text = PAGE.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{page(json.loads(RECORD.read_text()))}\n{END}{after}")
+    written = page(json.loads(RECORD.read_text())) if RECORD.exists() else "\n".join(on_paper())
+    PAGE.write_text(f"{before}{BEGIN}\n{written}\n{END}{after}")
 
 
 if __name__ == "__main__":
