@@ -187,8 +187,8 @@ def on_paper() -> list[str]:
     return [
         "### On paper: 64 GPUs, a billion images",
         "",
-        "Computed by the formulas of [benchmarks/scaling.py](../benchmarks/scaling.py) and never run: ResNet-50, batch 4,096, "
-        "embeddings of width 256, 64 processes.",
+        "Computed by the formulas of [benchmarks/scaling.py](../benchmarks/scaling.py) and never run: ResNet-50, batch "
+        "4,096, embeddings of width 256, 64 processes.",
         "",
         "| support set | sent by a process in a step | look-up of a process | set held by a process | a checkpoint |",
         "|---|--:|--:|--:|--:|",
