@@ -48,7 +48,6 @@ def test_the_page_is_that_of_a_record_in_which_everything_passed():
     assert record["entries"].keys() == catalogue().keys()
     for name, entry in record["entries"].items():
         assert set(entry["tests"].values()) <= {"passed", "skipped"}, name
-        assert all(figure["passed"] == figure["of"] or ", at most" in figure["what"] for figure in entry["figures"])
     broken = json.loads(RECORD.read_text())
     next(iter(broken["entries"].values()))["tests"] = {"tests/x.py::test_x": "failed"}
     assert "1 failed" in rendered(broken)
