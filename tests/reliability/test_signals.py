@@ -150,6 +150,7 @@ def deaf(folder, name):
     from nnclr import interrupt
 
     interrupt.StopRequest.__enter__ = lambda self: self
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     interrupted(folder, name, "while it trains")
 
 

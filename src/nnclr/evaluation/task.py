@@ -13,7 +13,7 @@ from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, View, normalize, pol
 from nnclr.data.images import Source
 from nnclr.data.source import open_source, test_split
 from nnclr.encoder import Encoder
-from nnclr.errors import DataError, InputError
+from nnclr.errors import InputError, NonFiniteError
 from nnclr.evaluation.features import embedded
 
 _HOLD_OUT = 0.1  # share of the data that is scored where there is no test set
@@ -104,7 +104,7 @@ class Task:
         vectors = self.embedded(source)
         readable = np.isfinite(vectors[:, 0])  # the row of an image that cannot be read is NaN as a whole
         if not readable.any():
-            raise DataError(f"no image of {source.name} gives finite features")
+            raise NonFiniteError(f"no image of {source.name} gives finite features: the network has diverged")
         if readable.all():
             return vectors, labels
         self.say(f"{int((~readable).sum())} of {len(source)} images of {source.name} cannot be read and are left out")
