@@ -96,6 +96,7 @@ class Task:
 
         Raises:
             DataError: if no image can be read.
+            NonFiniteError: if the features of all images are not finite.
             InputError: if there are no labels.
         """
         labels = source.labels if source.multilabels is None else source.multilabels
