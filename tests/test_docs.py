@@ -213,6 +213,8 @@ def test_every_flag_named_in_a_sentence_exists():
         "--max-restarts",
         "--signals-to-handle",
         "--local-addr",
+        "--minutes",
+        "--seed",
         "--rdzv-conf",
     }  # of other programs
     for page in DOCS.rglob("*.md"):
