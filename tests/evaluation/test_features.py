@@ -150,7 +150,7 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from nnclr.evaluation.knn import knn_accuracy
 from nnclr.evaluation.linear import linear_accuracy
-n, d = 100_000, 512
+n, d = 40_000, 512
 made = np.lib.format.open_memmap(sys.argv[1], mode="w+", dtype=np.float32, shape=(n, d))
 rng = np.random.default_rng(0)
 for start in range(0, n, 4000):
@@ -185,7 +185,7 @@ print(peak[0] - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
 def test_no_protocol_copies_the_features(tmp_path):
-    """205 MB of features from disk; the control is a normalised copy of them."""
+    """82 MB of features from disk; the control is a normalised copy of them."""
 
     # Freed blocks go back at once, or the account holds what the allocator keeps for later, 40 MB more or less.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -195,8 +195,8 @@ def test_no_protocol_copies_the_features(tmp_path):
         answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return float(answer.stdout)
 
-    megabytes = 100_000 * 512 * 4 / 2**20
+    megabytes = 40_000 * 512 * 4 / 2**20
     assert extra("copy") > 0.9 * megabytes
-    assert extra("linear") < 0.15 * megabytes  # blocks of 2048 rows in float64
-    assert extra("knn") < 0.7 * megabytes  # blocks of rows and similarities, whatever the number of rows
+    assert extra("linear") < 0.3 * megabytes  # blocks of 2048 rows in float64
+    assert extra("knn") < 0.8 * megabytes  # blocks of similarities, whatever the number of rows
     assert torch.get_num_threads() == 1

@@ -42,10 +42,12 @@ def test_nodes_belong_to_their_entry():
     assert not of_entry("tests/a.py::test_xy", ["tests/a.py::test_x"])
 
 
-def test_the_page_is_that_of_a_record_of_every_entry():
+def test_the_page_is_that_of_a_record_in_which_everything_passed():
     record = json.loads(RECORD.read_text())
     assert PAGE.read_text() == rendered(record)
     assert record["entries"].keys() == catalogue().keys()
+    for name, entry in record["entries"].items():
+        assert set(entry["tests"].values()) <= {"passed", "skipped"}, name
     broken = json.loads(RECORD.read_text())
     next(iter(broken["entries"].values()))["tests"] = {"tests/x.py::test_x": "failed"}
     assert "1 failed" in rendered(broken)

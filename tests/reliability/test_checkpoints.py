@@ -410,7 +410,10 @@ def test_other_images_are_refused(quick, tmp_path, count):
     """The folder alone may move. What is not noticed, as is documented: other pixels in a file of the same size."""
     photos(tmp_path / "data")
     settings = {"batch_size": 8, "epochs": 1, "evaluate_every_epochs": 0, "backbone": "small-convnet"}
-    start = lambda data: nnclr.pretrain(data, tmp_path / "run", quiet=True, **runs.SETTINGS | settings)  # noqa: E731
+
+    def start(data):
+        return nnclr.pretrain(data, tmp_path / "run", quiet=True, **runs.SETTINGS | settings)
+
     start(tmp_path / "data")
     before, refused = final_of(tmp_path / "run"), 0
     for number, (mutation, change) in enumerate(MUTATIONS.items()):
