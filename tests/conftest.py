@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.reliability.record import pytest_runtest_logreport, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
+from tests.settings import TINY
 
 torch.set_num_threads(1)
 
@@ -30,26 +31,6 @@ def pictures():
     colours = rng.integers(0, 256, (4, 1, 1, 3))
     noise = rng.integers(-40, 40, (120, 16, 16, 3))
     return np.clip(colours[labels] + noise, 0, 255).astype(np.uint8), labels
-
-
-TINY = {
-    "backbone": "small-convnet",
-    "image_size": 16,
-    "batch_size": 24,
-    "epochs": 4,
-    "embedding_dim": 16,
-    "projector_hidden_dim": 24,
-    "predictor_hidden_dim": 24,
-    "support_set_size": 50,  # no multiple of the batch
-    "optimizer": "lars",
-    "precision": "fp32",
-    "device": "cpu",
-    "num_workers": 0,
-    "log_every_steps": 2,
-    "evaluate_every_epochs": 2,
-    "checkpoint_every_steps": 3,
-    "quiet": True,
-}
 
 
 @pytest.fixture

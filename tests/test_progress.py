@@ -80,5 +80,8 @@ def test_a_slow_run_says_how_long_it_will_take_before_its_first_figures(
     said = [i for i, line in enumerate(lines) if "a step:" in line]
     assert len(said) == (1 if after < 0 else 0)
     for i in said:
-        assert re.fullmatch(r"0\.\d s a step: \d+ s left, first figures at step 4 in \d+ s", lines[i])
+        found = re.fullmatch(r"(\d+\.\d) s a step: (.+) left, first figures at step 4 in (.+)", lines[i])
+        each = float(found[1])  # said after step 1 of 10, rounded to a tenth
+        for words, steps in ((found[2], 9), (found[3], 3)):
+            assert words in {progress.duration(steps * (each + tenths / 100)) for tenths in range(-5, 6)}
         assert i < next(j for j, line in enumerate(lines) if line.startswith("step     4/10"))

@@ -131,7 +131,7 @@ def no_curves(monkeypatch):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, pictures):
     """A real run, small."""
-    from tests.conftest import TINY
+    from tests.settings import TINY
 
     return nnclr.pretrain(pictures, tmp_path_factory.mktemp("real") / "run", **TINY)
 

@@ -17,7 +17,7 @@ from nnclr.embeddings import write_embeddings
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pictures):
     """A run folder with everything that may lie in one."""
-    from tests.conftest import TINY
+    from tests.settings import TINY
 
     run = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:

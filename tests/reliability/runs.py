@@ -14,24 +14,11 @@ import time
 import traceback
 from pathlib import Path
 
+from tests.settings import TINY
+
 ROOT = Path(__file__).parents[2]
-SETTINGS = {
-    "image_size": 16,
-    "batch_size": 24,
-    "epochs": 4,
-    "warmup_epochs": 0.4,
-    "embedding_dim": 16,
-    "projector_hidden_dim": 24,
-    "predictor_hidden_dim": 24,
-    "support_set_size": 50,  # no multiple of the batch
-    "optimizer": "lars",
-    "precision": "fp32",
-    "device": "cpu",
-    "num_workers": 0,
-    "log_every_steps": 2,
-    "evaluate_every_epochs": 2,
-    "checkpoint_every_steps": 3,
-}
+# Backbone and `quiet` are given with each run.
+SETTINGS = {name: value for name, value in TINY.items() if name not in ("backbone", "quiet")} | {"warmup_epochs": 0.4}
 TOTAL = 20
 
 

@@ -32,8 +32,8 @@ from nnclr.data.loader import Plan, StreamLoader, load_resident
 from nnclr.errors import DataError, Stopped
 from nnclr.evaluation.knn import knn_predict, nearest_rows
 from nnclr.recorder import Recorder
-from tests.conftest import TINY
 from tests.data.test_decode import encoded, photo, png_header
+from tests.settings import TINY
 from tests.test_cli import PLAIN
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from nnclr.encoder import _HUB_NAME, Encoder
 from nnclr.errors import InputError
 from nnclr.pack import pack
 from nnclr.run_folder import write_record
-from tests.conftest import TINY
+from tests.settings import TINY
 from tests.test_architecture import SOURCES
 
 ROOT = Path(nnclr.__file__).parents[2]
