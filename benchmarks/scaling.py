@@ -1,11 +1,12 @@
 """Time and memory of a step against batch, support set and processes, beside a cost model; and what it says of more.
 
-    python -m benchmarks.scaling            # three minutes of two cores; writes docs/results/scaling.json
+    python -m benchmarks.scaling            # six minutes of two cores; writes docs/results/scaling.json
     python -m benchmarks.scaling --page     # writes its part of docs/scale.md anew; without a record, what is on paper
 
 Each point is a run of its own in fresh processes, trained on random 32 px images. Seconds of a step are the median
 over lines of metrics.jsonl, memory is the largest of a process. The model has four prices, found by least squares over
-all points: of a step, of an image of a process' share, of a number compared in the look-up, of a byte sent.
+all points: of a step, of an image of a process' share, of a number compared in the look-up, of a byte sent. Beside it
+stand the ways to train in less memory, on a small vision transformer.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,23 +47,45 @@ POINTS = (
     Point(128, 131_072, 2, True), Point(512, 524_288, 2, True),
 )  # fmt: skip
 
+# Ways to train a transformer in less memory: processes, and what is set.
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "everything kept": (1, {}),
+    "`--recompute`": (1, {"recompute": True}),
+    "`--grad-cache 16`": (1, {"grad_cache": 16}),
+    "everything kept, 2 processes": (2, {}),
+    "`--fsdp`, 2 processes": (2, {"fsdp": True}),
+    "`--fsdp --recompute`, 2 processes": (2, {"fsdp": True, "recompute": True}),
+}
+TRANSFORMER = {
+    "backbone": "timm/vit_tiny_patch16_224", "image_size": 64, "batch_size": 128, "support_set_size": 1024,
+    "optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 0.1,
+}  # fmt: skip
 
-def job(point: Point, out: str) -> None:
-    """One run on this process; prints its memory and the number of its parameters."""
+
+def settings_of(point: Point) -> dict[str, Any]:
+    """Those of the small network's run."""
+    return {
+        "backbone": "small-convnet", "image_size": 32, "batch_size": point.batch, "support_set_size": point.entries,
+        "shard_support_set": point.sharded,
+    }  # fmt: skip
+
+
+def job(settings: dict[str, Any], out: str) -> None:
+    """One run on this process; prints its memory."""
     import torch
 
     import nnclr
     from nnclr.training import build, make_views, resolve  # noqa: F401 - imported before memory is looked at
 
     torch.set_num_threads(1)
-    images = np.random.default_rng(0).integers(0, 256, (2048, 32, 32, 3), dtype=np.uint8)
+    size, batch = settings["image_size"], settings["batch_size"]
+    images = np.random.default_rng(0).integers(0, 256, (2048, size, size, 3), dtype=np.uint8)
     before = kib("VmRSS")
     steps = EVERY * LINES
     nnclr.pretrain(
-        images, out, backbone="small-convnet", image_size=32, batch_size=point.batch, epochs=steps * point.batch / 2048,
-        support_set_size=point.entries, shard_support_set=point.sharded, embedding_dim=DIM, projector_hidden_dim=256,
+        images, out, epochs=steps * batch / 2048, embedding_dim=DIM, projector_hidden_dim=256,
         predictor_hidden_dim=256, precision="fp32", device="cpu", num_workers=0, log_every_steps=EVERY,
-        evaluate_every_epochs=0, checkpoint_every_steps=10**6, warmup_epochs=0, quiet=True,
+        evaluate_every_epochs=0, checkpoint_every_steps=10**6, warmup_epochs=0, quiet=True, **settings,
     )  # fmt: skip
     print(json.dumps({"mib": (kib("VmHWM") - before) / 1024}))
 
@@ -72,7 +96,7 @@ def kib(name: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(name))
 
 
-def measure(point: Point) -> dict[str, float]:
+def measure(settings: dict[str, Any], ranks: int) -> dict[str, float]:
     """Seconds a step, MiB of the largest process beside its libraries, and bytes sent by a process."""
     from safetensors import safe_open
 
@@ -81,22 +105,21 @@ def measure(point: Point) -> dict[str, float]:
         port = free.getsockname()[1]
         free.close()
         started = []
-        for rank in range(point.ranks):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": point.ranks, "MASTER_PORT": port}
+        for rank in range(ranks):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             names = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            environment = os.environ | {"OMP_NUM_THREADS": "1"} | (names if point.ranks > 1 else {})
-            words = [point.batch, point.entries, point.ranks, int(point.sharded)]
-            command = [sys.executable, "-m", "benchmarks.scaling", "--job", f"{folder}/run", *map(str, words)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | (names if ranks > 1 else {})
+            command = [sys.executable, "-m", "benchmarks.scaling", "--job", f"{folder}/run", json.dumps(settings)]
             started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         said = [process.communicate()[0] for process in started]
         if any(process.returncode for process in started):
-            raise SystemExit(f"{point} failed")
+            raise SystemExit(f"{settings} with {ranks} processes failed")
         lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
         file = sorted((Path(folder) / "run/checkpoints").iterdir())[-1] / "tensors.safetensors"
         with safe_open(file, "np") as tensors:
             names = [name for name in tensors.keys() if name.startswith("optimizer.")]  # noqa: SIM118 - not a dict
             weights = sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
-    seconds = [point.batch / line["images_per_second"] for line in lines[1:]]
+    seconds = [settings["batch_size"] / line["images_per_second"] for line in lines[1:]]
     return {
         "seconds": statistics.median(seconds),
         "highest": max(seconds),
@@ -169,7 +192,31 @@ def page(record: dict) -> str:
             f"| {point.batch} | {point.entries:,}{share} | {point.ranks} | {found['seconds']:.3f} | {model:.3f} | "
             f"{found['mib']:.0f} | {held(point.entries, DIM, point.ranks if point.sharded else 1) / 2**20:.0f} |"
         )
-    return "\n".join([*lines, "", *on_paper()])
+    return "\n".join([*lines, "", *ways_to_save(record["ways"]), "", *on_paper()])
+
+
+def ways_to_save(found: dict[str, dict[str, float]]) -> list[str]:
+    """Memory and time of each way, in absolute numbers and against that which keeps everything."""
+    rows = []
+    for name, (ranks, _) in WAYS.items():
+        base = next(found[other] for other, (count, _) in WAYS.items() if count == ranks)
+        one = found[name]
+        rows.append(
+            f"| {name} | {one['mib']:.0f} | {one['mib'] / base['mib']:.2f} | {one['seconds']:.2f} | "
+            f"{one['seconds'] / base['seconds']:.2f} |"
+        )
+    weights = found["everything kept"]["weights"]
+    return [
+        "### Less memory",
+        "",
+        f"In the same run, vit_tiny_patch16_224 at {TRANSFORMER['image_size']} px, batch {TRANSFORMER['batch_size']}, "
+        f"AdamW, with its heads {weights / 2 / 1e6:.1f} million parameters; against the first row with as many "
+        "processes.",
+        "",
+        "| way | MiB a process | of that | s a step | times |",
+        "|---|--:|--:|--:|--:|",
+        *rows,
+    ]
 
 
 def on_paper() -> list[str]:
@@ -208,22 +255,28 @@ def on_paper() -> list[str]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", nargs=5)
+    parser.add_argument("--job", nargs=2)
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
     if options.job:
-        batch, entries, ranks, sharded = map(int, options.job[1:])
-        job(Point(batch, entries, ranks, bool(sharded)), options.job[0])
+        job(json.loads(options.job[1]), options.job[0])
         return
     if not options.page:
         points = []
         for point in POINTS:
-            found = measure(point)
+            found = measure(settings_of(point), point.ranks)
             points.append({"point": vars(point), **found})
             print(point, found, flush=True)
+        ways = {}
+        for name, (ranks, settings) in WAYS.items():
+            ways[name] = measure(TRANSFORMER | settings, ranks)
+            print(name, ways[name], flush=True)
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         RECORD.write_text(
-            json.dumps({"date": str(datetime.now(UTC).date()), "machine": machine, "points": points}, indent=1) + "\n"
+            json.dumps(
+                {"date": str(datetime.now(UTC).date()), "machine": machine, "points": points, "ways": ways}, indent=1
+            )
+            + "\n"
         )
     text = PAGE.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]

@@ -20,8 +20,9 @@ INNER = ("objectives/", "support_set.py", "models/", "data/", "optim.py")
 
 # A new knob is a decision: at most 45 beside an objective's own. Add it here, to the docs, and say why.
 FIELDS = """
-data out preset test_data objective backbone image_size epochs extend_epochs batch_size grad_cache augmentation
-crop_min_scale flip jitter brightness contrast saturation hue grayscale blur solarize small_views small_view_size
+data out preset test_data objective backbone image_size epochs extend_epochs batch_size grad_cache recompute fsdp
+sync_bn_group augmentation crop_min_scale flip jitter jitter_strengths grayscale blur solarize small_views
+small_view_size
 small_crop_min_scale small_crop_max_scale crop_max_ratio blur_max_sigma solarize_threshold
 optimizer learning_rate momentum weight_decay warmup_epochs clip_grad_norm precision device num_workers seed
 checkpoint_every_steps log_every_steps evaluate_every_epochs knn_k knn_temperature log_to

@@ -85,12 +85,16 @@ def test_the_cost_model_finds_the_prices_that_made_the_times():
     for point in scaling.POINTS:
         seconds = sum(price * cost for price, cost in zip(prices, scaling.costs(point, 5e5), strict=True))
         points.append({"point": vars(point), "weights": 5e5, "seconds": seconds, "highest": seconds, "mib": 1.0})
-    record = {"date": "2026-01-02", "machine": "a machine", "points": points}
+    ways = {name: {"mib": 100.0 * ranks, "seconds": 2.0, "weights": 4e6} for name, (ranks, _) in scaling.WAYS.items()}
+    ways["`--fsdp`, 2 processes"] |= {"mib": 150.0, "seconds": 3.0}
+    record = {"date": "2026-01-02", "machine": "a machine", "points": points, "ways": ways}
     assert scaling.fitted(record) == pytest.approx(prices, rel=1e-6)
     rows = [line.split("|")[1:-1] for line in scaling.page(record).splitlines() if line.startswith("| ")]
     measured = [row for row in rows if len(row) == 7][1:]
     assert len(measured) == len(points)
     assert all(row[3] == row[4] for row in measured)  # the model beside the time
+    assert [" `--fsdp`, 2 processes ", " 150 ", " 0.75 ", " 3.00 ", " 1.50 "] in rows
+    assert "2.0 million parameters" in scaling.page(record)
 
 
 def test_what_the_cost_model_sends():

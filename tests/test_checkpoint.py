@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from nnclr import checkpoint
+from nnclr import checkpoint, train_state
 from nnclr.errors import NoCheckpointError, NonFiniteError, StorageError
 
 
@@ -159,7 +159,7 @@ def small_state():
     backbone, objective = Small(), torch.nn.Linear(4, 2)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *objective.parameters()], fused=True)
     take_step(backbone, optimizer)
-    return checkpoint.TrainState(backbone, objective, optimizer)
+    return train_state.TrainState(backbone, objective, optimizer)
 
 
 def take_step(backbone, optimizer):
@@ -206,7 +206,7 @@ def test_a_frozen_copy_does_not_follow_the_training():
     images = torch.randn(2, 3, 5, 5)
     expected = state.backbone.eval()(images)
     tensors = state.tensors()
-    frozen = checkpoint.frozen_copy(state.backbone, tensors, "backbone.")
+    frozen = train_state.frozen_copy(state.backbone, tensors, "backbone.")
     assert frozen.first.weight is frozen.second.weight
     assert frozen.norm.running_mean is tensors["backbone.norm.running_mean"]  # no memory of its own
     take_step(state.backbone.train(), state.optimizer)

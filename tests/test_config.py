@@ -60,7 +60,7 @@ PUBLISHED = {
 }
 CHANGED = {  # in the views, beside the policy
     "imagenet-resnet50-multi-crop": {"crop_min_scale": 0.14, "small_view_size": 96},  # SwAV's
-    "cifar10-resnet18-lightly": dict.fromkeys(("brightness", "contrast", "saturation"), 0.4) | {"hue": 0.1},
+    "cifar10-resnet18-lightly": {"jitter_strengths": (0.4, 0.4, 0.4, 0.1)},
 }
 
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import nnclr
-from nnclr.distributed import assert_replicas_equal, exchange, gather, rank, state_hash, world_size
+from nnclr.distributed import exchange, gather, rank, world_size
 from nnclr.errors import ReplicaError
+from nnclr.replicas import assert_replicas_equal, state_hash
 from tests.objectives.test_methods import METHODS, linear_heads
 
 BATCH, DIM = 12, 6

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from nnclr import cli, dry_run, neighbour_sheet, training
-from nnclr.checkpoint import TrainState
 from nnclr.models.ema import average_of
 from nnclr.objectives import BYOL, NNCLR, SimCLR
+from nnclr.train_state import TrainState
 
 SIZE, WIDTH, DIM, HIDDEN, SUPPORT, IMAGES = 8, 5, 6, 7, 11, 4
 
@@ -59,7 +59,7 @@ def nnclr(ema_momentum):
     ids=["simclr", "nnclr", "nnclr-ema", "byol"],
 )
 def test_flops_are_those_counted_by_hand(objective, a_view):
-    assert dry_run.measure(state_of(objective()), [SIZE, SIZE], IMAGES)[0] == 2 * a_view
+    assert dry_run.measure(state_of(objective()), [SIZE, SIZE], IMAGES).flops == 2 * a_view
 
 
 def test_fixed_memory_is_that_counted_by_hand():
@@ -75,10 +75,31 @@ def test_fixed_memory_is_that_counted_by_hand():
 
 
 def test_widths_and_memory_are_those_counted_by_hand(state):
-    _, activations, width, dim = dry_run.measure(state, [SIZE, SIZE], IMAGES)
+    _, activations, recomputed, width, dim = dry_run.measure(state, [SIZE, SIZE], IMAGES)
+    assert recomputed is None
     assert (width, dim) == (WIDTH, DIM)
     pixels = 2 * 4 * (3 + WIDTH) * SIZE**2  # images and the map behind the ReLU, float32, two views
     assert pixels < activations < 1.6 * pixels
+
+
+class Block(torch.nn.Module):
+    """Keeps its input and two maps of the same size behind it."""
+
+    def forward(self, x):
+        return x + (x * self.weight).exp().sin().cos()
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.1))
+
+
+def test_memory_of_recomputed_blocks_is_that_counted_by_hand():
+    state = state_of(SimCLR(WIDTH, DIM, HIDDEN))
+    state.backbone.insert(2, torch.nn.Sequential(*(Block() for _ in range(3))))
+    found, a_map = dry_run.measure(state, [SIZE, SIZE], IMAGES), 4 * WIDTH * SIZE**2
+    # Two views of three blocks with two maps each; those of one are held at a time. Inputs are kept either way.
+    assert found.activations - found.recomputed == pytest.approx((2 * 3 - 1) * 2 * a_map)
+    assert not any(vars(block)["_forward_hooks"] for block in state.backbone.modules())
 
 
 def test_measuring_does_not_change_the_state():
@@ -162,7 +183,7 @@ def test_the_description_comes_before_the_steps(photos, monkeypatch, capsys):
 
 
 def test_a_batch_that_cannot_fit_is_tried_smaller(photos, configs, monkeypatch, capsys):
-    monkeypatch.setattr(dry_run, "measure", lambda state, sizes: (1e6, 1e6, 128, 16))
+    monkeypatch.setattr(dry_run, "measure", lambda state, sizes: (1e6, 1e6, None, 128, 16))
     monkeypatch.setattr(dry_run, "fixed_memory", lambda state: 1e6)
     for free, batch in ((90e6, 70), (36e6, 16), (6e6, 2), (5e6, None)):
         configs.clear()
@@ -185,9 +206,28 @@ def test_a_batch_that_cannot_fit_is_tried_smaller(photos, configs, monkeypatch, 
     assert [config.batch_size for config in configs] == [70]
 
 
+def test_recomputing_is_named_where_it_fits(photos, configs, monkeypatch, capsys):
+    """70 images of 1 MB do not fit into 40 MB; of 0.4 MB they do, of 0.6 MB they do not."""
+    monkeypatch.setattr(dry_run, "fixed_memory", lambda state: 1e6)
+    monkeypatch.setattr(dry_run, "free_memory", lambda device: 40e6)
+    for each, extra, named in (
+        (4e5, [], True),
+        (6e5, [], False),
+        (4e5, ["--recompute", "--backbone", "resnet18"], None),
+    ):
+        monkeypatch.setattr(dry_run, "measure", lambda state, sizes, each=each: (1e6, 1e6, each, 128, 16))
+        configs.clear()
+        flags = [*FLAGS, *extra]
+        assert cli.main(["pretrain", photos, "--batch-size", "70", "--epochs", "10", *flags]) == 0
+        said = capsys.readouterr().out
+        assert ("use --recompute (0.0 GiB) or --grad-cache 32 for the same loss" in said) == (named is True)
+        assert ("may not fit" in said) == (named is not None)
+        assert [config.batch_size for config in configs] == [70 if named is None else 16]
+
+
 def test_a_smaller_batch_is_quick_and_its_rate_is_scaled(photos, monkeypatch, capsys):
     """50 GFLOP/s for a minute are 3e12 operations: two steps of 8 images, where memory holds 32."""
-    monkeypatch.setattr(dry_run, "measure", lambda state, sizes: (1.8e11, 1e6, 128, 16))
+    monkeypatch.setattr(dry_run, "measure", lambda state, sizes: (1.8e11, 1e6, None, 128, 16))
     monkeypatch.setattr(dry_run, "free_memory", lambda device: 68e6)
     monkeypatch.setattr(dry_run, "fixed_memory", lambda state: 1e6)
     monkeypatch.setattr(dry_run, "two_steps", lambda config, *_: ([1.0, 2.0], 3.5 * config.batch_size))

@@ -73,3 +73,22 @@ def test_outside_the_main_thread_nothing_is_installed():
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+LATE = """
+import atexit, os, signal, sys
+from nnclr import __main__
+atexit.register(lambda: os.kill(os.getpid(), signal.{name}))
+sys.argv = ["nnclr", "--version"]
+{leave}
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_the_finished_command_leaves_makes_no_failure_of_it(name):
+    def code(leave):
+        program = LATE.format(name=name, leave=leave)
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode
+
+    assert code("__main__.command()") == 0
+    assert code("sys.exit(__main__.main())") == -signal.Signals[name]  # control

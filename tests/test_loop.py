@@ -176,7 +176,7 @@ MUTATIONS = {
     "next step's momentum": lambda m: m.setattr(training, "momentum_at", lambda step, **k: MOMENTUM_AT(step + 1, **k)),
     "online features": online_features,
     "average stands still": lambda m: m.setattr(training, "update_average", lambda *given: None),
-    "no clipping": lambda m: m.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *given: None),
+    "no clipping": lambda m: m.setattr(training, "clip", lambda *given: None),
     "constant rate": lambda m: m.setattr(training, "learning_rate", lambda step, *, peak, **_: peak),
 }
 

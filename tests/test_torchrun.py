@@ -119,6 +119,26 @@ def test_four_processes_stop_together_and_two_go_on(alone, tmp_path):
     assert_same_training(alone, tmp_path / "run")
 
 
+def test_a_transformer_that_is_shared_out_trains_as_a_whole_one(tmp_path):
+    """Three processes with FSDP and activations computed again, from other weights in each; stopped, one goes on.
+
+    Averaged weights, moments, online evaluation and encoder are those of the run of one process.
+    """
+    alone, ours = tmp_path / "alone", tmp_path / "run"
+    answer = torchrun(1, alone, 4, "transformer@*:")
+    assert answer.returncode == 0, answer.stderr
+    answer = torchrun(3, ours, 4, "transformer@*:", "fsdp@*:1", "recompute@*:1", "weights@1:7", "terminate@2:27")
+    assert "exitcode  : 80" in answer.stderr, answer.stderr
+    answer = torchrun(2, ours, 4, "transformer@*:", "fsdp@*:1")
+    assert answer.returncode == 0, answer.stderr
+    assert "resumed" in answer.stdout
+    assert_same_training(alone, ours)
+    one, two = (safetensors.torch.load_file(run / "encoder/model.safetensors") for run in (alone, ours))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_launcher_restarts_a_job_that_lost_a_process(alone, tmp_path):
     answer = torchrun(2, tmp_path / "run", 5, "kill@1:13", options=["--max-restarts=1"])
     assert answer.returncode == 0, answer.stderr
@@ -201,7 +221,7 @@ def test_ranks_share_embedding_and_evaluation(tmp_path):
         said[ranks] = sorted(line for line in answer.stdout.splitlines() if line.startswith("rank"))
         assert answer.stdout.count(" embeddings of 128 numbers") == 1
     written = sorted(path.name.removeprefix("1.") for path in tmp_path.glob("1.*"))
-    assert {"npy", "skipped.csv"} < set(written)
+    assert {"npy", "npy.skipped.csv"} < set(written)
     for name in written:
         assert (tmp_path / f"1.{name}").read_bytes() == (tmp_path / f"3.{name}").read_bytes(), name
     value = said[1][0].partition("value")[2]

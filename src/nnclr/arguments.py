@@ -24,14 +24,13 @@ _NUMBERS = ("-inf", "-infinity", "-nan")  # that look like flags
 _registry = tyro.constructors.ConstructorRegistry()
 
 
-def parse(kind: type[Options], words: Sequence[str], verb: str, also: Sequence[str] = (), **settings: Any) -> Options:
+def parse(kind: type[Options], words: Sequence[str], verb: str, **settings: Any) -> Options:
     """The options that the words stand for.
 
     Args:
         kind: a dataclass whose fields are the options.
         words: what stands behind the verb on the command line.
         verb: for the help and for messages.
-        also: further flags of the verb, which were taken out of the words before.
         **settings: further arguments of `tyro.cli`.
 
     Raises:
@@ -47,7 +46,7 @@ def parse(kind: type[Options], words: Sequence[str], verb: str, also: Sequence[s
     except SystemExit as left:
         if not left.code:
             raise
-    wrong = mistake(made, words, verb, also) or f"nnclr {verb} does not understand these arguments"
+    wrong = mistake(made, words, verb) or f"nnclr {verb} does not understand these arguments"
     raise InputError(wrong if wrong.endswith("?") else f"{wrong}; see nnclr {verb} --help")
 
 
@@ -64,7 +63,9 @@ def _or_none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
     made, shown = value.instance_from_str, value.metavar
     return dataclasses.replace(
         value,
-        metavar=shown[1:-1] if shown.startswith("{[") else shown,
+        # A fixed number of values or one None would let the parser take the word behind them, too.
+        nargs=max(value.nargs) if isinstance(value.nargs, tuple) else value.nargs,
+        metavar=shown[1:-1] if shown.startswith(("{[", "{FLOAT ")) else shown,
         choices=choices,
         instance_from_str=lambda words: None if words == ["None"] else made(words),
     )
@@ -77,7 +78,8 @@ class Option:
     names: tuple[str, ...]  # its flags, or the word that stands for it in the usage
     positional: bool
     needed: bool
-    several: bool  # any number of values
+    several: bool  # any number of values,
+    count: int | None  # or so many
     switch: bool  # no value
     kind: Any  # of a value: str, int or float
     choices: tuple[str, ...]  # empty: anything of that kind
@@ -111,6 +113,7 @@ def _options(kind: Any, default: Any) -> Iterator[Option]:
         if get_origin(inner) in (Union, UnionType):
             inner = next(part for part in get_args(inner) if part is not NoneType)
         several = get_origin(inner) is tuple
+        count = len(get_args(inner)) if several and Ellipsis not in get_args(inner) else None
         inner = get_args(inner)[0] if several else inner
         choices = get_args(inner) if get_origin(inner) is Literal else ()
         name = (said and said.name) or field.name.replace("_", "-")
@@ -119,7 +122,7 @@ def _options(kind: Any, default: Any) -> Iterator[Option]:
         names += [*((said and said.aliases) or ()), *([f"--no-{name}"] if switch else ())]
         value = field.default if default is None else getattr(default, field.name)
         needed = value in (dataclasses.MISSING, tyro.MISSING) and not (positional and several)
-        yield Option(tuple(names), positional, needed, several, switch, inner, choices, may_be_none)
+        yield Option(tuple(names), positional, needed, several, count, switch, inner, choices, may_be_none)
 
 
 def without_truth_values(options: Sequence[Option], words: Sequence[str]) -> list[str]:
@@ -139,7 +142,7 @@ def without_truth_values(options: Sequence[Option], words: Sequence[str]) -> lis
     return [*plain, *rest]
 
 
-def mistake(options: Sequence[Option], words: Sequence[str], verb: str, also: Sequence[str] = ()) -> str | None:
+def mistake(options: Sequence[Option], words: Sequence[str], verb: str) -> str | None:
     """The first mistake in the words behind a verb, or None; see `parse`."""
     flags = {name: option for option in options if not option.positional for name in option.names}
     places = deque(option for option in options if option.positional)
@@ -154,7 +157,7 @@ def mistake(options: Sequence[Option], words: Sequence[str], verb: str, also: Se
         if _is_flag(word) and not ended:
             name, *values = _split(word, flags)
             if name not in flags:
-                near = difflib.get_close_matches(name, [*flags, *also], n=1, cutoff=0.5)
+                near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
                 return f"{name} is no flag of nnclr {verb}" + (f"; did you mean {near[0]}?" if near else "")
             option = flags[name]
         elif places:
@@ -170,11 +173,13 @@ def mistake(options: Sequence[Option], words: Sequence[str], verb: str, also: Se
             continue
         reserved = sum(place.needed for place in places)  # words that a list of values leaves to what must follow
         while rest and (not values or option.several) and (ended or not _is_flag(rest[0])):
-            if option.several and len(rest) <= reserved:
+            if option.several and (len(rest) <= reserved or len(values) == option.count):
                 break
             values.append(rest.popleft())
         if not values and not option.several:
             return f"{name} lacks its value"
+        if option.count is not None and len(values) != option.count and values != ["None"]:
+            return f"{name} takes {option.count} values, not {len(values)}"
         if refusal := option.refusal(values):
             return f"{name} {refusal}"
     return f"nnclr {verb} needs {' and '.join(option.names[0] for option in missing)}" if missing else None

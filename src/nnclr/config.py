@@ -23,7 +23,7 @@ from nnclr.objectives import OBJECTIVES, Objective, find_objective
 # often, but no bit of the weights. The images themselves are compared by fingerprint instead of by name.
 RESUME_MAY_CHANGE = frozenset(
     "data out preset test_data device num_workers checkpoint_every_steps log_every_steps "
-    "evaluate_every_epochs knn_k knn_temperature log_to extend_epochs shard_support_set".split()
+    "evaluate_every_epochs knn_k knn_temperature log_to extend_epochs shard_support_set recompute fsdp".split()
 )
 
 
@@ -53,6 +53,12 @@ class Config:
     """Images a step, over all devices; the paper's best run has 4096."""
     grad_cache: int | None = None
     """Images whose activations are kept at a time: the exact loss of the whole batch in less memory, a third slower."""
+    recompute: bool = False
+    """Keep what goes into each block of the backbone, and compute its activations again in the backward."""
+    fsdp: bool = False
+    """Keep a share of the backbone, its averages and moments on each process (FSDP), for large transformers."""
+    sync_bn_group: int | None = None
+    """Processes that share the statistics of batch norms on CUDA; default all of the job."""
     augmentation: Literal["byol", "simclr", "simsiam", "crop-only", "multi-crop"] = "byol"
     """Augmentation policy: byol is the paper's; multi-crop adds small views; the next fields change it in all views."""
     crop_min_scale: float | None = None
@@ -61,14 +67,8 @@ class Config:
     """Probability of a left-right flip; default the policy's, as for the next fields."""
     jitter: float | None = None
     """Probability of colour jitter."""
-    brightness: float | None = None
-    """Brightness is multiplied by 1 +- this."""
-    contrast: float | None = None
-    """Contrast is multiplied by 1 +- this."""
-    saturation: float | None = None
-    """Saturation is multiplied by 1 +- this."""
-    hue: float | None = None
-    """Hue is turned by +- this, in turns, at most 0.5."""
+    jitter_strengths: tuple[float, float, float, float] | None = None
+    """Colour jitter: brightness, contrast, saturation times 1 +- these, hue +- the last, in turns, at most 0.5."""
     grayscale: float | None = None
     """Probability of a grey picture."""
     blur: float | None = None
@@ -186,8 +186,22 @@ class Config:
                 f"small_crop_min_scale={self.small_crop_min_scale} is above "
                 f"small_crop_max_scale={self.small_crop_max_scale}"
             )
+        if self.fsdp and self.optimizer != "adamw":
+            raise InputError(f"fsdp=True needs optimizer=adamw: that of {self.optimizer} does not work on shares")
+        if self.fsdp and self.grad_cache is not None:
+            raise InputError("fsdp=True and grad_cache exclude each other; recompute goes with both")
         if self.neighbour in ("kth", "random", "soft") and self.neighbour_k is None:
             raise InputError(f"neighbour={self.neighbour} needs a neighbour_k: how many neighbours it is about")
+        strengths = self.jitter_strengths
+        if strengths is not None and not (
+            len(strengths) == 4
+            and all(type(value) in (int, float) and 0 <= value < float("inf") for value in strengths)
+            and strengths[3] <= _MOST_HUE
+        ):
+            raise InputError(
+                f"jitter_strengths={strengths} must be four numbers from 0 on, for brightness, contrast, saturation "
+                f"and hue, the last at most {_MOST_HUE}"
+            )
         for name, most in _HIGHEST.items():
             value = getattr(self, name)
             if value is not None and value > most:
@@ -201,6 +215,7 @@ _LOWEST: dict[str, tuple[float, bool]] = {
     "epochs": (0, True),
     "batch_size": (2, False),
     "grad_cache": (1, False),
+    "sync_bn_group": (1, False),
     "small_view_size": (8, False),
     "small_crop_min_scale": (0, True),
     "crop_max_ratio": (1, False),
@@ -222,15 +237,13 @@ _LOWEST: dict[str, tuple[float, bool]] = {
     "knn_temperature": (0, True),
 }
 
-# The highest value of a share, a probability or a turn.
-_HIGHEST = {
-    **dict.fromkeys(
-        "crop_min_scale small_crop_min_scale small_crop_max_scale flip jitter grayscale blur solarize "
-        "solarize_threshold ema_momentum".split(),
-        1.0,
-    ),
-    "hue": 0.5,
-}
+# The highest value of a share or a probability.
+_HIGHEST = dict.fromkeys(
+    "crop_min_scale small_crop_min_scale small_crop_max_scale flip jitter grayscale blur solarize "
+    "solarize_threshold ema_momentum".split(),
+    1.0,
+)
+_MOST_HUE = 0.5
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -254,7 +267,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: no setting is called '{name}'{hint}")
         kind = get_origin(hints[name])
         allowed = {str if kind is Literal else tuple} if _choices(hints[name]) else set(get_args(hints[name]))
-        allowed = allowed or {hints[name]}
+        allowed = {get_origin(one) or one for one in allowed or {hints[name]}}
         if float in allowed and type(value) is int:
             value = float(value)
         if tuple in allowed and type(value) is list:
@@ -367,7 +380,7 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: str | bool | int | float | tuple[str, ...]) -> str:
+def _toml(value: str | bool | int | float | tuple[str | float, ...]) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool):

@@ -4,11 +4,15 @@ There is no generator whose state could be lost, shared or advanced in another o
 epoch, image, view, slot) is a hash of these, so resume, workers and world size cannot change it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the demo's data needs the orders alone
+    from torch import Tensor
 
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -46,6 +50,11 @@ def uniform(seed: int, epoch: int, ids: np.ndarray, view: int, slots: int) -> np
     """
     keys = bits(seed, epoch, view, np.asarray(ids)[:, None], np.arange(slots)[None, :])
     return (keys >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's generators start a step from on a rank of several: 63 bits."""
+    return int(bits(seed, step, rank, -2)[0] >> np.uint64(1))
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -91,7 +100,9 @@ def bits_on_device(*keys: int | Tensor) -> Tensor:
     Args:
         keys: integers and int64 tensors, broadcast against each other; at least one tensor.
     """
-    device = next(key.device for key in keys if isinstance(key, Tensor))
+    import torch
+
+    device = next(key.device for key in keys if isinstance(key, torch.Tensor))
     state = torch.zeros(1, dtype=torch.int64, device=device)
     for key in keys:
         state = _mix_on_device((state ^ key) + _signed(_GOLDEN))

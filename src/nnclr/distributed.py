@@ -1,15 +1,12 @@
 """Everything that knows there is more than one process; each function is the identity when there is one."""
 
-import ctypes
 import hashlib
 import json
 import os
-import signal
 import threading
 import time
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,14 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnclr import errors
-from nnclr.errors import InputError, NNCLRError, PeerLostError, ReplicaError
-from nnclr.heartbeat import Heartbeat
+from nnclr.errors import InputError, NNCLRError, PeerLostError
+from nnclr.heartbeat import Heartbeat, die_with_parent
 
-_HASHED = 2**16  # words at a time: what a core's cache holds as int64
 _TIMEOUT = timedelta(seconds=300)  # of a collective; the heartbeat notices lost processes long before
 _MEETING = timedelta(seconds=1800)  # that processes wait for each other at the start
 _GOODBYE = 10.0  # seconds that taking leave of the others may take
-_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 _c10d: Any = dist  # which declares its stores in C++, unseen by type checkers
 
@@ -36,7 +31,6 @@ _meetings: list[Any] = []  # the store of the job that this process is in
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by bytes of an element
 
 
 def world_size() -> int:
@@ -101,52 +95,6 @@ def exchange(parts: Tensor) -> Tensor:
     received = torch.empty_like(parts, memory_format=torch.contiguous_format)
     dist.all_to_all_single(received, parts.contiguous())
     return received
-
-
-def state_hash(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of a tensor's bits, () int64, computed where the tensor is.
-
-    The bits are cut into words, and word i is multiplied by 2 i + 1; the sum wraps around. Odd factors are invertible,
-    so any change of one word is seen, and different ones, so words that swap places are too.
-    """
-    words = tensor.detach().contiguous().flatten().view(_WORDS[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    factors = 2 * torch.arange(_HASHED, device=tensor.device) + 1
-    for start in range(0, len(words), _HASHED):
-        some = words[start : start + _HASHED].long()
-        total += (some * factors[: len(some)]).sum() + 2 * start * some.sum()
-    return total
-
-
-def assert_replicas_equal(tensors: Mapping[str, Tensor]) -> None:
-    """Compare by hash what every rank must hold alike; all ranks call it together, and it waits for the device.
-
-    Args:
-        tensors: of any dtype, under the same names in the same order on every rank.
-
-    Raises:
-        ReplicaError: on every rank if one bit differs on one of them; it names the ranks that are not like most.
-    """
-    if world_size() == 1 or not tensors:
-        return
-    device = next(iter(tensors.values())).device
-    own = torch.stack([state_hash(tensor).to(device) for tensor in tensors.values()])
-    hashes = gather(own[None]).tolist()
-    differing = [column for column in range(len(own)) if len({row[column] for row in hashes}) > 1]
-    if not differing:
-        return
-    names = list(tensors)
-    seen = [row[differing[0]] for row in hashes]
-    (most, count), *others = Counter(seen).most_common()
-    alike = count > others[0][1]  # else nobody can tell who is right
-    odd = [number for number, value in enumerate(seen) if value != most or not alike]
-    whom = f"ranks {', '.join(map(str, odd))} differ" if len(odd) > 1 else f"rank {odd[0]} differs"
-    more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-    raise ReplicaError(
-        f"{whom} from {'the others' if alike else 'each other'} in {names[differing[0]]}{more}: the {world_size()} "
-        "ranks no longer train one model; start again from the last checkpoint, and suspect the device if the same "
-        "rank is named twice"
-    )
 
 
 def from_main(function: Callable[[], T]) -> T:
@@ -326,11 +274,103 @@ def replicate(module: M) -> M:
     return cast(M, wrapped)  # it is called in the same way
 
 
-def shared_batch_norm(module: M) -> M:
-    """Batch norms over the rows of all ranks, where the device can: on CUDA."""
-    if world_size() == 1 or _device().type != "cuda":
+def shared_batch_norm(module: M, group: int | None = None) -> M:
+    """Batch norms over the rows of all ranks, where the device can: on CUDA.
+
+    Args:
+        module: changed in place, but for one that is a batch norm itself.
+        group: ranks that share statistics: each of as many neighbours in rank order; all if None.
+
+    Raises:
+        InputError: on all ranks, if they cannot be divided into such groups.
+    """
+    if world_size() == 1:
         return module
-    return cast(M, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    if group is not None and world_size() % group:
+        raise told(InputError(f"sync_bn_group={group} does not divide the {world_size()} processes of the job"))
+    if _device().type != "cuda":
+        return module
+    return cast(M, nn.SyncBatchNorm.convert_sync_batchnorm(module, rank_group(group)))
+
+
+def rank_group(size: int | None) -> Any:
+    """The process group of this rank and its neighbours, `size` in all; all ranks call it, None is all of them."""
+    return None if size is None else dist.new_subgroups(size)[0]
+
+
+# ---- a network of which each rank holds a share: its parameters are DTensors -------------------------------
+
+
+def shard(module: M, blocks: Iterable[nn.Module]) -> M:
+    """Share out a network over all ranks (FSDP2), in place: each keeps a part of every parameter, cut along its rows.
+
+    A block's parameters are gathered while it computes; gradients are averaged over ranks, as in `replicate`, and each
+    rank is given those of its part.
+
+    Args:
+        module: the same on every rank.
+        blocks: parts of it that are gathered one after the other; what is in none of them is gathered together.
+
+    Raises:
+        InputError: if it has parameters that cannot be cut.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # It warns that features must not be changed in place; nobody does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(_device().type, (world_size(),))
+    try:
+        parts: list[nn.Module] = [*blocks, module]
+        for part in parts:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    except (ValueError, NotImplementedError) as error:
+        raise told(InputError(f"fsdp=True cannot share out this backbone: {errors.first_line(error)}")) from error
+    return module
+
+
+def is_shared_out(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of it only."""
+    return type(tensor) not in (Tensor, nn.Parameter) and isinstance(tensor, _d_tensor())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is shared out, in the same memory; any other tensor itself."""
+    return cast(Any, tensor).to_local() if is_shared_out(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is shared out; all ranks call it together."""
+    return cast(Any, tensor).full_tensor() if is_shared_out(tensor) else tensor
+
+
+def part_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """What this rank is to hold of a whole tensor.
+
+    Args:
+        like: shared out, or not: then all of it.
+        tensor: (n, ...) of the same shape, on any device.
+
+    Raises:
+        ValueError: if the shape is another one.
+    """
+    if not is_shared_out(like):
+        return tensor
+    if like.shape != tensor.shape:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} where {tuple(like.shape)} is needed")
+    parts, mine = tensor.chunk(world_size()), local(like)
+    own = parts[rank()] if rank() < len(parts) else tensor[:0]
+    own = own.to(mine.device, copy=True, memory_format=torch.contiguous_format)
+    how = cast(Any, like)
+    shape, stride = like.shape, like.stride()
+    return cast(Tensor, _d_tensor().from_local(own, how.device_mesh, how.placements, shape=shape, stride=stride))
+
+
+def _d_tensor() -> Any:
+    """The class, which takes a second to import and is needed where there are optimisers, which import it anyway."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
 
 
 def _device() -> torch.device:
@@ -370,7 +410,7 @@ def process_group(device: str) -> Iterator[None]:
     if device.startswith("cuda:"):
         raise InputError(f"device={device} would put all processes on one device; leave the number out")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_parent()
+        die_with_parent()
     cuda = device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -457,11 +497,3 @@ def _take_leave() -> None:
     leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
     leaving.start()
     leaving.join(_GOODBYE)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process with the launcher's agent, so that none is left behind (Linux)."""
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):  # not Linux: torchrun then has to end its workers itself
-        return

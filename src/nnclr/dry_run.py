@@ -5,18 +5,20 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnclr.checkpoint import TrainState
 from nnclr.data.images import Source
+from nnclr.models.blocks import repeated_blocks
 from nnclr.models.ema import averaged_features
 from nnclr.progress import duration
 from nnclr.run_folder import Run
+from nnclr.train_state import TrainState
 
 _CPU_FLOPS = 50e9  # a second; what a few cores reach, to guess how long two steps take
 _LONGEST = 60.0  # seconds that two steps of a smaller batch may take by that guess
@@ -42,7 +44,8 @@ def dry_run(
     batch, steps = config.batch_size, len(source) // config.batch_size
     epochs = config.epochs + config.extend_epochs
     total = round(epochs * steps)
-    flops, activations, width, dim = measure(state, sizes)
+    flops, plain, recomputed, width, dim = measure(state, sizes)
+    activations = recomputed if config.recompute and recomputed is not None else plain
     fixed = fixed_memory(state)
     views = batch * sum(12 * size**2 for size in sizes)  # bytes of the pixels, which stay where activations do not
     kept = min(batch, config.grad_cache or batch)  # images whose activations are held at a time
@@ -76,9 +79,14 @@ def dry_run(
         return
     at, estimate = ("", "") if tried == batch else (f" at batch {tried}", f"; an estimate from batch {tried}")
     if tried < batch:
+        ways = []
+        if recomputed is not None and not config.recompute and fixed + kept * recomputed <= 0.9 * free:
+            ways.append(f"--recompute ({(fixed + kept * recomputed) / 2**30:.1f} GiB)")
         parts = 0 if config.grad_cache else fitting_parts(batch, 0.9 * free - fixed - views, activations)
-        cache = f"--grad-cache {parts} for the same loss in less memory, " if parts else ""
-        yield f"batch {batch} may not fit into this memory; use {cache}a smaller --batch-size or another --device"
+        if parts:
+            ways.append(f"--grad-cache {parts}")
+        same = f"{' or '.join(ways)} for the same loss in less memory, " if ways else ""
+        yield f"batch {batch} may not fit into this memory; use {same}a smaller --batch-size or another --device"
     yield f"two steps losses {losses[0]:.3f} and {losses[1]:.3f}, {rate:.0f} images/s{at}"
     yield f"time      about {duration(total * batch / rate)} for {epochs:g} epochs, without evaluations{estimate}"
 
@@ -131,38 +139,99 @@ def fixed_memory(state: TrainState) -> int:
     return held + 3 * trained
 
 
-def measure(state: TrainState, sizes: list[int], images: int = 4) -> tuple[float, float, int, int]:
-    """FLOPs of a training step and bytes kept for its backward pass, both an image, in float32; widths.
+class Measured(NamedTuple):
+    """What an image costs in a training step, and the widths on the way."""
+
+    flops: float
+    activations: float  # bytes kept for the backward, in float32
+    recomputed: float | None  # the same with `recompute`; None where the backbone has no repeated blocks
+    width: int  # of the features
+    dim: int  # of the embeddings
+
+
+def measure(state: TrainState, sizes: list[int], images: int = 4) -> Measured:
+    """Count a training step of some images of noise.
 
     The backward pass is run and counted, so that work without gradient (averaged networks, the look-up) counts once.
-
-    Returns:
-        FLOPs, bytes, width of the features, width of the embeddings.
     """
     device = next(state.backbone.parameters()).device
     modules = [module for module in (state.backbone, state.objective, state.average) if module is not None]
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    kept = _Kept({p.untyped_storage().data_ptr() for module in modules for p in module.parameters()})
+    with FlopCounterMode(display=False) as counter, kept.by_blocks(repeated_blocks(state.backbone)):
         views = [torch.rand(images, 3, size, size, device=device) for size in sizes]
         features = [state.backbone(view) for view in views]
         targets = None if state.average is None else averaged_features(state.average, views)
         out = state.objective(features, targets, torch.zeros(images, dtype=torch.int64, device=device))
         out.loss.backward()
-    flops = counter.get_total_flops() / images
-    width, dim = features[0].shape[1], out.embeddings[0].shape[1]
     for module, values in zip(modules, before, strict=True):  # the batch norms have seen this noise
         module.load_state_dict(values)
         module.zero_grad()
-    activations = sum(size for pointer, size in kept.items() if pointer not in weights) / images
-    return flops, activations, width, dim
+    recomputed = kept.with_inputs_alone()
+    return Measured(
+        counter.get_total_flops() / images,
+        kept.all() / images,
+        None if recomputed is None else recomputed / images,
+        features[0].shape[1],
+        out.embeddings[0].shape[1],
+    )
+
+
+class _Kept:
+    """Sizes of the storages that autograd keeps for the backward, by the block in whose forward it keeps them.
+
+    Args:
+        weights: addresses of storages that do not count.
+    """
+
+    def __init__(self, weights: set[int]) -> None:
+        self.weights, self.outside = weights, dict[int, int]()
+        self.inputs, self.calls = dict[int, int](), list[dict[int, int]]()  # a block is called for every view
+
+    @contextmanager
+    def by_blocks(self, blocks: list[nn.Module]) -> Iterator[None]:
+        now = [self.outside]
+
+        def note(found: dict[int, int], tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        def enter(_: nn.Module, inputs: Any) -> None:
+            for value in inputs:
+                if isinstance(value, Tensor):
+                    note(self.inputs, value)
+            now.append({})
+            self.calls.append(now[-1])
+
+        def leave(*_: Any) -> None:
+            now.pop()
+
+        hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+        hooks += [block.register_forward_hook(leave) for block in blocks]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: note(now[-1], tensor), lambda tensor: tensor):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def all(self) -> int:
+        """Bytes of a step that keeps everything."""
+        together = dict(self.outside)
+        for call in self.calls:
+            together |= call
+        return sum(together.values())
+
+    def with_inputs_alone(self) -> int | None:
+        """Bytes of one that keeps the inputs of blocks, and in the backward what one of them needs at a time."""
+        if not self.calls:
+            return None
+        always = self.outside | self.inputs
+        return sum(always.values()) + max(
+            sum(size for pointer, size in call.items() if pointer not in always) for call in self.calls
+        )
 
 
 def free_memory(device: torch.device) -> float:

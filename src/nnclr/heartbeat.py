@@ -3,7 +3,9 @@
 A collective alone waits for its timeout, minutes, where a process hangs; on CUDA also where it died.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,6 +15,7 @@ from typing import Protocol
 PATIENCE = 30.0  # seconds without a sign; also long calls that never let another thread run must fit in
 _INTERVAL = 1.0
 _GRACE = 4.0  # seconds to leave by oneself, perhaps with a checkpoint to finish, once the job is known to end
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 _ENDED, _VERDICT = "ended", "nnclr/verdict"
 
 
@@ -135,3 +138,11 @@ def _leave(reason: str) -> None:
     """End this process at once: the main thread may be in a collective that never returns."""
     print(f"nnclr: {reason}; start the job again, it goes on from the last checkpoint", file=sys.stderr, flush=True)
     os._exit(85)
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process with the launcher's agent, so that none is left behind (Linux)."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # not Linux: torchrun then has to end its workers itself
+        return

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from nnclr.distributed import is_shared_out, local
+
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
@@ -31,12 +33,20 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     """Two groups: matrices and filters, and the rest.
 
     Biases and the parameters of normalisation layers (everything of fewer than two dimensions) take
-    neither weight decay nor LARS scaling (NNCLR, section 4.1; BYOL, appendix C).
+    neither weight decay nor LARS scaling (NNCLR, section 4.1; BYOL, appendix C). What is shared out over ranks is in
+    groups of its own, since one launch cannot take both; it must come first, so that the order stays the same.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "trust_coefficient": None},
+    ]
+    if not any(map(is_shared_out, parameters)):
+        return groups
+    return [
+        group | {"params": [p for p in group["params"] if is_shared_out(p) == shared]}
+        for group in groups
+        for shared in (True, False)
     ]
 
 
@@ -237,6 +247,19 @@ def create_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     raise ValueError(f"optimizer='{name}' is none of {', '.join(OPTIMIZERS)}")
+
+
+@torch.no_grad()
+def clip(parameters: list[Tensor], most: float, norm: Tensor) -> None:
+    """Scale the gradients so that together they are no longer than `most`, without waiting for the device.
+
+    Args:
+        parameters: those without a gradient are left out; of those that are shared out over ranks each has its part.
+        most: norm of the longest gradient.
+        norm: () of the whole gradient, as it is.
+    """
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 @torch.no_grad()

@@ -7,16 +7,15 @@ import os
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nnclr
-from nnclr import checkpoint, distributed, health, neighbour_sheet, plots, report, run_folder
+from nnclr import checkpoint, distributed, health, neighbour_sheet, plots, replicas, report, run_folder
 from nnclr.blotted import without_secrets
-from nnclr.checkpoint import TrainState
 from nnclr.data.images import Source
 from nnclr.data.loader import Batch, Loader, Plan, StreamLoader, most_bad
 from nnclr.encoder import Encoder
@@ -28,6 +27,7 @@ from nnclr.progress import ESTIMATE_AFTER, Reporter, Window, duration, metrics_l
 from nnclr.skipped_steps import skipped_steps, was_skipped
 from nnclr.support_set import SupportSet
 from nnclr.tracking import Tracker
+from nnclr.train_state import TrainState, frozen_copy
 
 
 class Recorder:
@@ -185,7 +185,7 @@ class Recorder:
         it is written; the next save, `finish` and `close` wait for that, and raise what went wrong.
         """
         began, state = time.perf_counter(), self.state
-        distributed.assert_replicas_equal(state.replicated())
+        replicas.assert_replicas_equal(state.replicated())
         shards = state.whole_shards()
         bad = {int(i): why for found in distributed.from_all(dict(self.loader.bad)) for i, why in found.items()}
         self.loader.bad.update(bad)
@@ -204,7 +204,7 @@ class Recorder:
             "notes": copy.deepcopy(state.notes),
         }
         step, tensors, keep = state.step, state.tensors() | shards, self.resumed_from
-        encoder = replace(self.encoder(), module=checkpoint.frozen_copy(state.backbone, tensors, "backbone."))
+        encoder = self._encoder(frozen_copy(state.undivided or state.backbone, tensors, "backbone."))
 
         def write() -> None:
             try:
@@ -258,7 +258,10 @@ class Recorder:
                 self.tracker.close(self.finished)
 
     def encoder(self, averaged: bool = False) -> Encoder:
-        """The backbone as it is now, or its average."""
+        """The backbone as it is now, or its average; all ranks call it together."""
+        return self._encoder(self.state.network(averaged))
+
+    def _encoder(self, module: nn.Module) -> Encoder:
         provenance = {
             "backbone": self.backbone,
             "objective": self.objective,
@@ -268,7 +271,6 @@ class Recorder:
             "data_fingerprint": self.source.fingerprint,
             "nnclr": nnclr.__version__,
         }
-        module = self.state.average if averaged and self.state.average is not None else self.state.backbone
         return Encoder(module, self.image_size, provenance=provenance)
 
     def _log(self, batch: Batch, out: Output, rate: float, grad_norm: Tensor) -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from nnclr import distributed
-from nnclr.checkpoint import TrainState, write_atomically
+from nnclr.checkpoint import write_atomically
 from nnclr.data.loader import Batch
 from nnclr.errors import NonFiniteError
 from nnclr.objectives.objective import Output
 from nnclr.support_set import SupportSet
+from nnclr.train_state import TrainState
 
 IN_A_ROW = 4  # steps that are not finite end a run,
 SHARE, WINDOW = 0.01, 1000  # and so does a larger share of the last steps, where that is as many
@@ -63,6 +64,7 @@ class Undo:
         groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # by dtype: copied together, in a few launches
         modules = [state.objective] if state.average is None else [state.objective, state.average]
         for tensor in (*state.backbone.buffers(), *(t for of in modules for t in (*of.parameters(), *of.buffers()))):
+            tensor = distributed.local(tensor.detach())
             groups[tensor.dtype].append(tensor)
         self._groups = [(live, [torch.empty_like(tensor) for tensor in live]) for live in groups.values()]
 
@@ -125,7 +127,7 @@ class StepCheck:
             Norm of the whole gradient, and whether the step may be taken: 0-dim tensors on the device.
         """
         gradients = {self._names[id(p)]: p.grad for p in parameters if p.grad is not None}
-        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        norms = norms_of(list(gradients.values()))
         norm, loss = torch.linalg.vector_norm(norms), out.loss.detach()
         bad = ~torch.isfinite(loss + norm)
         stop = torch.full((), float(asked), device=norm.device)
@@ -180,6 +182,16 @@ class StepCheck:
                     "rate or --precision fp32 in another --out"
                 )
             )
+
+
+def norms_of(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, (len(tensors),) float32; over all ranks' parts of those that are shared out."""
+    of_parts = torch.stack(torch._foreach_norm([distributed.local(tensor) for tensor in tensors]))
+    shared = [distributed.is_shared_out(tensor) for tensor in tensors]
+    if not any(shared):
+        return of_parts
+    squares = distributed.gather(of_parts.double().square()[None]).sum(0)  # in float64: a float32 may overflow
+    return torch.where(torch.tensor(shared, device=squares.device), squares.sqrt().to(of_parts.dtype), of_parts)
 
 
 def _plain(value: float) -> float | str:

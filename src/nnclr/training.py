@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nnclr import checkpoint, distributed, run_folder, tracking
-from nnclr.checkpoint import TrainState
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
+from nnclr.counter import step_seed
 from nnclr.data.augment import View, policy
 from nnclr.data.images import Source
 from nnclr.data.loader import Loader, Plan, create_loader
@@ -24,13 +25,15 @@ from nnclr.errors import InputError, NoCheckpointError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
+from nnclr.models.blocks import repeated_blocks
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
-from nnclr.models.recompute import in_parts
+from nnclr.models.recompute import in_little_memory
 from nnclr.objectives import OBJECTIVES, Objective, find_objective
-from nnclr.optim import create_optimizer, guarded_step, learning_rate
+from nnclr.optim import clip, create_optimizer, guarded_step, learning_rate
 from nnclr.recorder import Recorder
 from nnclr.run_folder import Run
 from nnclr.skipped_steps import StepCheck, Undo
+from nnclr.train_state import TrainState, frozen_copy
 
 PAPER_SUPPORT_SET = 98_304
 
@@ -114,8 +117,9 @@ def train(
         total = round((config.epochs + config.extend_epochs) * plan.steps_per_epoch)
         state = build(config, device, module, source.labels)
         objective, optimizer, average = state.objective, state.optimizer, state.average
-        backbone = distributed.replicate(in_parts(state.backbone, config.grad_cache))
-        averaged = None if average is None else in_parts(average, config.grad_cache)
+        little = partial(in_little_memory, images=config.grad_cache, recompute=config.recompute)
+        backbone = little(state.backbone) if state.undivided else distributed.replicate(little(state.backbone))
+        averaged = None if average is None else little(average)
         contrast = distributed.replicate(objective)
         base_momentum = objective.momentum
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -141,6 +145,8 @@ def train(
                     group["lr"] = rate
 
                 undo.remember()
+                if plan.ranks > 1:
+                    torch.manual_seed(step_seed(config.seed, state.step, plan.rank))  # of dropout: each rank its own
                 with autocast:
                     views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
                     features = [backbone(view) for view in views]
@@ -151,7 +157,7 @@ def train(
                 grad_norm, finite = check.post(batch, out, parameters, stop.asked is not None)
                 asked = check.read()
                 if config.clip_grad_norm is not None:
-                    torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, grad_norm)
+                    clip(parameters, config.clip_grad_norm, grad_norm)
                 guarded_step(optimizer, finite)
                 with undo.unless(finite):  # a step that is not finite leaves no trace
                     if average is not None and base_momentum is not None:
@@ -276,7 +282,10 @@ def other_images(run: Path, images: Any, data: Any, source: Source) -> InputErro
 
 def make_views(config: Config) -> tuple[View, ...]:
     """How the views are made."""
-    names = "flip jitter brightness contrast saturation hue grayscale blur solarize solarize_threshold".split()
+    names = "flip jitter grayscale blur solarize solarize_threshold".split()
+    strengths = dict(
+        zip(("brightness", "contrast", "saturation", "hue"), config.jitter_strengths or (None,) * 4, strict=True)
+    )
     ratio, sigma = config.crop_max_ratio, config.blur_max_sigma
     return policy(
         config.augmentation,
@@ -287,6 +296,7 @@ def make_views(config: Config) -> tuple[View, ...]:
         (config.small_crop_min_scale, config.small_crop_max_scale),
         crop_ratio=None if ratio is None else (1 / ratio, ratio),
         blur_sigma=None if sigma is None else (0.1, sigma),
+        **strengths,
         **{name: getattr(config, name) for name in names},
     )
 
@@ -337,13 +347,21 @@ def build(
     except ValueError as error:
         raise InputError(str(error)) from error
     backbone = backbone.to(device).to(memory_format=torch.channels_last).train()
-    objective = distributed.shared_batch_norm(objective.to(device).train())
-    backbone = distributed.shared_batch_norm(backbone)
+    objective = distributed.shared_batch_norm(objective.to(device).train(), config.sync_bn_group)
+    backbone = distributed.shared_batch_norm(backbone, config.sync_bn_group)
+    shared_out, undivided = config.fsdp and distributed.world_size() > 1, None
+    if shared_out:  # a network of your own may have other weights in each process, which soon has a part of them only
+        distributed.take_from_main((*backbone.parameters(), *backbone.buffers()))
     average = None if objective.momentum is None else average_of(backbone)
+    if shared_out:
+        undivided = frozen_copy(backbone, {}, "")
+        for network in [backbone] if average is None else [backbone, average]:
+            network.to(memory_format=torch.contiguous_format)  # the parts are cut from contiguous memory
+            distributed.shard(network, repeated_blocks(network))
     optimizer = create_optimizer(
         config.optimizer, (backbone, objective), weight_decay=config.weight_decay, momentum=config.momentum
     )
-    return TrainState(backbone, objective, optimizer, average)
+    return TrainState(backbone, objective, optimizer, average, undivided)
 
 
 def claim(run: Path, stack: ExitStack) -> None:

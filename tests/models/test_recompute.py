@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nnclr.models.recompute import InParts, in_parts
+from nnclr.errors import InputError
+from nnclr.models.recompute import InBlocks, InParts, in_little_memory
 from tests.objectives.test_methods import METHODS, linear_heads
 
 N, WIDTH = 12, 6
@@ -96,24 +97,87 @@ def test_running_statistics_move_once():
     assert not torch.equal(twice[1].running_var, network[1].running_var)
 
 
+def kept(wrapped, images):
+    """Bytes that autograd saves in the forward, beside the images."""
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        wrapped(images)
+    return sum(sizes.values()) - images.nbytes
+
+
 def test_memory_is_that_of_a_part():
-    def kept(wrapped):
-        sizes = {}
-
-        def pack(tensor):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            wrapped(images)
-        return sum(sizes.values()) - images.nbytes
-
     images, network = torch.randn(64, 3, 33, 33), backbone()
-    assert kept(network) > 300_000
-    assert kept(InParts(network, 4)) == 0
+    assert kept(network, images) > 300_000
+    assert kept(InParts(network, 4), images) == 0
 
 
-def test_none_is_the_backbone_itself():
-    network = backbone()
-    assert in_parts(network, None) is network
-    assert isinstance(in_parts(network, 4), InParts)
+class Residual(nn.Module):
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.BatchNorm2d(WIDTH)
+        self.dropout, self.in_place = nn.Dropout(0.3), in_place
+
+    def forward(self, x):
+        x = x.relu_() if self.in_place else x.relu()
+        return x + self.dropout(self.norm(self.conv(x)))
+
+
+def residual(**options):
+    torch.manual_seed(0)
+    stem, blocks = nn.Conv2d(3, WIDTH, 3, 2), nn.Sequential(*(Residual(**options) for _ in range(3)))
+    return nn.Sequential(stem, blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize("parts", [None, 12])
+def test_blocks_are_computed_again_with_the_same_statistics_and_masks(parts):
+    """Also inside gradient caching, here in one part: everything is bit for bit that of the plain network."""
+    network = residual()
+    other = copy.deepcopy(network)
+    expected, features = step(other, other)
+    ours, same = step(network, in_little_memory(network, parts, recompute=True))
+    assert all(torch.equal(one, two) for one, two in zip([*ours, *same], [*expected, *features], strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(network.buffers(), other.buffers(), strict=True))
+    assert int(network[1][0].norm.num_batches_tracked) == 2  # once a view: the second computation moved nothing
+    assert not any("forward" in vars(module) for module in network.modules())  # as it was for everybody else
+
+
+def test_blocks_keep_their_inputs_alone():
+    """One block's activations at a time in the backward; what is kept until then are inputs and the plain rest."""
+    images, network = torch.randn(64, 3, 33, 33), residual()
+    calls = []
+    for block in network[1]:
+        block.conv.register_forward_hook(lambda *_: calls.append("forward"))
+        block.register_full_backward_hook(lambda *_: calls.append("backward"))
+    assert kept(network, images) - kept(InBlocks(network), images) > 3 * 64 * WIDTH * 16 * 16 * 4 * 2
+    calls.clear()
+    InBlocks(network)(images).sum().backward()
+    assert calls == ["forward"] * 3 + ["forward", "backward"] * 3
+    calls.clear()
+    network(images).sum().backward()
+    assert calls == ["forward"] * 3 + ["backward"] * 3  # control
+    with torch.no_grad():
+        calls.clear()
+        InBlocks(network)(images)
+    assert calls == ["forward"] * 3
+
+
+def test_backbones_whose_blocks_cannot_be_computed_again_are_refused():
+    with pytest.raises(InputError, match="recompute=True needs a backbone of repeated blocks, and Sequential has none"):
+        InBlocks(backbone())
+    with pytest.raises(InputError, match="Residual changes its input in place; use grad_cache"):
+        InBlocks(network := residual(in_place=True))(torch.randn(2, 3, 9, 9))
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_nothing_asked_for_is_the_backbone_itself():
+    network = residual()
+    assert in_little_memory(network, None, recompute=False) is network
+    assert isinstance(in_little_memory(network, 4, recompute=False), InParts)
+    both = in_little_memory(network, 4, recompute=True)
+    assert isinstance(both, InParts)
+    assert isinstance(both.backbone, InBlocks)

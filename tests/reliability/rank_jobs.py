@@ -175,14 +175,14 @@ def poisoned(folder, rank, data, settings, victim, step):
 
 def orphan(folder, guarded):
     """A process and its child, of which the first is killed: is the child there two seconds later?"""
-    from nnclr import distributed
+    from nnclr import heartbeat
 
     first = os.fork()
     if first == 0:
         second = os.fork()
         if second == 0:
             if guarded:
-                distributed._die_with_parent()
+                heartbeat.die_with_parent()
             (Path(folder) / "pid").write_text(str(os.getpid()))
             time.sleep(60)
             os._exit(0)

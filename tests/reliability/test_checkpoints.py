@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import nnclr
-from nnclr import checkpoint, plots, report
+from nnclr import checkpoint, plots, report, train_state
 from nnclr.errors import FolderInUseError, InputError, NoCheckpointError, StorageError
 from tests import legacy
 from tests.reliability import runs
@@ -589,12 +589,12 @@ def test_checkpoints_of_every_release_go_on(version, quick, monkeypatch, tmp_pat
     count("A18", f"losses after a checkpoint of {version} that are those of that release", len(losses), len(expected))
     assert losses == pytest.approx(expected, rel=1e-3)
     assert sum(path.stat().st_size for path in (legacy.FOLDER / version).rglob("*")) < 60_000
-    restore = checkpoint.TrainState.restore
+    restore = train_state.TrainState.restore
 
     def forgetful(self, saved):
         restore(self, {name: torch.zeros_like(t) if "exp_avg" in name else t for name, t in saved.items()})
 
-    monkeypatch.setattr(checkpoint.TrainState, "restore", forgetful)
+    monkeypatch.setattr(train_state.TrainState, "restore", forgetful)
     assert gone_on(version, tmp_path / "control") != pytest.approx(expected, rel=1e-3)
 
 

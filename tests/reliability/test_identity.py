@@ -2,7 +2,7 @@
 
 import shutil
 
-from nnclr import checkpoint
+from nnclr import checkpoint, train_state
 from tests.reliability.runs import final, same, stop_after, train
 
 HERE = "tests.reliability.test_identity"
@@ -76,7 +76,7 @@ EVERYTHING = {"support_set_size": 401, "ema_momentum": 0.9}  # entries from befo
 
 def forgetful(folder, piece, changes):
     """In a child: the run goes on without a piece of its state."""
-    restore, load = checkpoint.TrainState.restore, checkpoint.load_latest
+    restore, load = train_state.TrainState.restore, checkpoint.load_latest
 
     def forget(self, tensors):
         fresh, known = self.tensors(), {}
@@ -92,7 +92,7 @@ def forgetful(folder, piece, changes):
         found.step -= 1
         return found, skipped
 
-    checkpoint.TrainState.restore = forget
+    train_state.TrainState.restore = forget
     if piece == "step":
         checkpoint.load_latest = one_step_back
     train(folder, changes)

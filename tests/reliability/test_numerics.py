@@ -11,7 +11,6 @@ import torch
 
 import nnclr
 from nnclr import checkpoint, health, plots, report, training
-from nnclr.checkpoint import TrainState
 from nnclr.config import make_config, own_fields
 from nnclr.data.loader import Batch
 from nnclr.errors import InputError, NoCheckpointError, NonFiniteError
@@ -19,6 +18,7 @@ from nnclr.findings import findings, judge, read_record
 from nnclr.models.backbone import SmallConvNet
 from nnclr.objectives import OBJECTIVES, Output
 from nnclr.skipped_steps import too_many
+from nnclr.train_state import TrainState
 from tests.test_resume import interrupt_after, same
 
 STEP = 4  # 0-based, of the fault; 5 steps are an epoch

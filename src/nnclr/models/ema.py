@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from nnclr.distributed import local
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -19,9 +21,10 @@ def average_of(module: M) -> M:
 def update_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
     """Move the average's parameters: average = momentum * average + (1 - momentum) * module.
 
-    Buffers stay the average's own: its batch norms see their own batches (BYOL, section 3).
+    Buffers stay the average's own: its batch norms see their own batches (BYOL, section 3). Where both are shared out
+    over ranks, each moves its own parts.
     """
-    own, new = ([p.detach() for p in of.parameters()] for of in (average, module))
+    own, new = ([local(p.detach()) for p in of.parameters()] for of in (average, module))
     if own:
         torch._foreach_lerp_(own, new, 1.0 - momentum)
 

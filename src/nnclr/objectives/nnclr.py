@@ -263,7 +263,7 @@ def neighbour_metrics(nn1: Neighbours, nn2: Neighbours, ids: Tensor | None) -> d
 
     `neighbour_similarity` (mean cosine), `neighbour_age` (mean, in steps), and with ids also `own_id_share`
     (neighbours that are an older embedding of the image itself) and `distinct_neighbours` (different
-    entries among a view's neighbours, over the batch: few mean hubs).
+    entries among a view's neighbours, over the batch of all ranks: few mean hubs).
     """
     found = nn1.similarities.isfinite() & nn2.similarities.isfinite()
 
@@ -284,8 +284,8 @@ def neighbour_metrics(nn1: Neighbours, nn2: Neighbours, ids: Tensor | None) -> d
 
 
 def _distinct(neighbours: Neighbours) -> Tensor:
-    """Different entries over queries: an entry is known by its image and its age."""
-    ids, ages = neighbours.ids.flatten(), neighbours.ages.flatten()
+    """Different entries over the queries of all ranks: an entry is known by its image and its age."""
+    ids, ages = gather(torch.stack([neighbours.ids.flatten(), neighbours.ages.flatten()], dim=1)).unbind(1)
     by_id = ids.argsort(stable=True)
     order = by_id[ages[by_id].argsort(stable=True)]
     changed = (ids[order].diff() != 0) | (ages[order].diff() != 0)
