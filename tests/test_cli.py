@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one plain sentence, nothing written."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from PIL import Image
 
 import nnclr
 from nnclr import cli
+from nnclr.config import Config
 
 FLAGS = (
     "--backbone small-convnet --image-size 16 --batch-size 16 --epochs 2 --embedding-dim 8 --device cpu "
@@ -113,6 +115,15 @@ def test_half_of_a_launchers_variables(capsys, monkeypatch, tmp_path, photos):
     fails(capsys, tmp_path, 2, said, "pretrain", photos, "--out", tmp_path / "run", *FLAGS)
 
 
+def test_test_images_of_other_classes_are_refused_before_anything_is_written(capsys, tmp_path, photos):
+    others = tmp_path / "others"
+    for name in ("birds", "cats"):
+        (others / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(others / name / "1.png")
+    said = "has classes that .*photos lacks, for example 'birds'"
+    fails(capsys, tmp_path, 2, said, "pretrain", photos, "--out", tmp_path / "run", "--test-data", others, *FLAGS)
+
+
 def test_unknown_command_and_flag(capsys, tmp_path):
     fails(capsys, tmp_path, 2, "'frobnicate' is no command; there are pretrain, demo", "frobnicate")
     fails(capsys, tmp_path, 2, "'trian' is no command; did you mean pretrain?", "trian")
@@ -132,6 +143,7 @@ def test_whole_way_of_a_user(capsys, tmp_path, photos):
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert "40 images, 2 classes (only to measure)" in said
+    assert "online kNN: 4 images, each by the labels of its nearest among 36 others" in said
     assert re.search(r"step +4/4 +loss \d\.\d+ \(chance 2\.77\) +neighbour purity \d+ %", said)
     assert re.search(r"step +0/4 +kNN \d+\.\d %", said)
     names = {path.name for path in run.iterdir()}
@@ -254,6 +266,56 @@ def test_options_of_protocols_are_flags(capsys):
     ):
         assert cli.main([*command, *options]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_every_flag_of_pretrain_is_in_its_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help"])
+    shown = capsys.readouterr().out
+    listed = set(re.findall(r"^\W*(?:-h, )?(--[a-z][a-z-]*)", shown, re.MULTILINE))
+    fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)} - {"--data"}
+    assert listed == fields | {"--dry-run", "--help"}
+    assert "--config" not in listed  # the control
+    assert re.search(r"--dry-run, --no-dry-run +Show what the run would be", shown)
+    assert cli.main(["pretrain", "x", "--dry-run", "False"]) == 2
+    assert "--dry-run is there and switched off" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_told_in_words_on_a_terminal_and_as_json_elsewhere(capsys, tmp_path, photos, monkeypatch):
+    out = tmp_path / "found.jsonl"
+    command = ["evaluate", "random:small-convnet?size=16", str(photos), "--k", "3", "5", "--out", str(out)]
+    assert cli.main(command) == 0
+    record = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main([*command, "--baselines"]) == 0
+    said = capsys.readouterr()
+    low, high = (f"{100 * bound:.1f}" for bound in record["interval"])
+    lines = said.out.splitlines()
+    assert lines[0] == "knn top-1 accuracy, with the 95 % interval over images of the test set, Wilson"
+    assert lines[1].split() == [command[1], f"{100 * record['value']:.1f}", "%", low, "to", high]
+    assert [line.split()[0] for line in lines[2:4]] == ["pixels?size=16", "random:small-convnet?size=16&seed=0"]
+    assert f"learned from  36 images of {photos}" in lines
+    assert f"scored        4 images of {photos}" in lines
+    assert any(line.startswith(f"protocol      k {record['parameters']['k']}; temperature 0.07; ") for line in lines)
+    assert lines[-1] == f"record        {out}"
+    assert max(map(len, lines)) < 200
+    assert "{" not in said.out
+    assert len(out.read_text().splitlines()) == 4
+    assert cli.main([*command[:-4], "--k", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "record        not kept; --out FILE.jsonl keeps it"
+
+
+def test_each_warning_of_an_evaluation_is_said_once(capsys, photos):
+    (photos / "cats/0.png").write_bytes(b"no picture")
+    command = ["evaluate", "random:small-convnet?size=16", str(photos), "--test", str(photos), "--baselines"]
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().err.splitlines()
+    warned = [line for line in lines if line.startswith("warning: ")]
+    assert warned == [
+        f"warning: the images of {photos} that are scored are those that were learned from",
+        f"warning: 1 of 40 images of {photos} cannot be read and are left out",
+    ]
+    assert sum(" knn top-1 accuracy " in line for line in lines) == 3  # the control: what differs is said of each
 
 
 def test_a_line_that_a_kill_has_cut_stops_no_verb(capsys, tmp_path, photos):

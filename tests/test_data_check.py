@@ -55,6 +55,7 @@ def test_planted_faults_are_found(photos, tmp_path):
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert report["images"] == 61
     assert report["left_out"] == {"link out of the folder": 1}
+    assert report["left_out_first"] == {"link out of the folder": ["a/link.png"]}
     assert report["unreadable"]["count"] == 3
     assert report["unreadable"]["reasons"] == {"not_an_image": 2, "truncated": 1}
     assert report["unreadable"]["first"][0].startswith("a/empty.png (not_an_image")
@@ -79,6 +80,28 @@ def test_planted_faults_are_found(photos, tmp_path):
     for text in ("61 in", "3 not_an_image 2, truncated 1", "a/00.png = a/copy.png = b/copy.png", "20 x 18  a/tiny.png"):
         assert text in words, text
     assert "1 of the groups under different labels" in words
+    assert "left out      1 x link out of the folder\n              a/link.png\nunreadable" in words
+
+
+def test_the_first_that_are_left_out_are_named(photos, tmp_path):
+    """Three of each kind, however many there are; samples of a shard have no name to give."""
+    for i in range(5):
+        os.mkfifo(photos / f"b/{i}.png")
+    os.mkfifo(photos / "b/0\x1b.png")
+    os.symlink("nothing", photos / "a/gone.png")
+    words = list(in_words(check_data(str(photos), say=lambda _: None)))
+    start = words.index("left out      6 x not a regular file")
+    named = [line.strip() for line in words[start + 1 : start + 5]]
+    assert named == [r"b/0\x1b.png", "b/0.png", "b/1.png", "... and 3 more"]
+    assert words[words.index("left out      1 x dangling link") + 1].strip() == "a/gone.png"
+    assert "\x1b" not in "".join(words)
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for i in range(9):
+            file = io.BytesIO()
+            picture(i).save(file, "PNG")
+            writer.write({"__key__": str(i), "png" if i else "txt": file.getvalue()})
+    words = list(in_words(check_data(str(tmp_path / "x.tar"), say=lambda _: None)))
+    assert words[1:3] == ["left out      1 x sample without an image", "unreadable    0"]
 
 
 def test_clean_data_has_nothing_to_report(photos):

@@ -72,12 +72,23 @@ def test_rows_are_those_of_the_encoder(tmp_path, encoder, photos, name, dtype):
     assert np.array_equal(read.vectors, expected[good].astype(dtype))
     assert read.names[0] == "a/02.png"
     assert [read.label_name(i) for i in range(57)] == [path[0] for path in read.names]
-    listed = (tmp_path / "e.skipped.csv").read_text().splitlines()
+    listed = (tmp_path / f"{name}.skipped.csv").read_text().splitlines()
     assert [line.split(",")[:2] for line in listed[1:]] == [["0", "a/00.png"], ["40", "b/21.png"], ["41", "b/23.png"]]
     assert "not_an_image" in listed[1]
     assert "truncated" in listed[2]
     assert any("3 images could not be read" in line and "a/00.png (not_an_image" in line for line in said)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_list_of_what_was_skipped_belongs_to_one_file(tmp_path, encoder, photos):
+    """Of other images in a file of the same name but for its ending: neither list takes the other's place."""
+    go(encoder, photos, tmp_path / "e.parquet")
+    listed = (tmp_path / "e.parquet.skipped.csv").read_bytes()
+    for bad in ("a/00.png", "b/21.png", "b/23.png"):
+        (photos / bad).unlink()
+    go(encoder, photos, tmp_path / "e.npy")
+    assert (tmp_path / "e.parquet.skipped.csv").read_bytes() == listed
+    assert not (tmp_path / "e.npy.skipped.csv").exists()
 
 
 def test_facts_open_encoder_and_data_again(tmp_path, encoder, photos, monkeypatch):
@@ -267,7 +278,7 @@ def test_a_damaged_part_is_computed_anew(tmp_path, encoder, photos, monkeypatch,
         go(encoder, photos, tmp_path / "e.npy")
         same = all(
             (tmp_path / f"e{end}").read_bytes() == (tmp_path / f"reference{end}").read_bytes()
-            for end in (".npy", ".ids.csv", ".json", ".skipped.csv")
+            for end in (".npy", ".ids.csv", ".json", ".npy.skipped.csv")
         )
     except ValueError:
         same = False

@@ -2,11 +2,15 @@
 
 import importlib.metadata
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
+import nnclr
 from nnclr import cli, info
 
 HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "pyarrow", "matplotlib", "skimage", "sklearn"}
@@ -36,6 +40,94 @@ def test_what_needs_no_torch_does_not_load_it(command):
 def test_torch_is_asked_where_there_may_be_a_gpu():
     """The control of the test above, too."""
     assert "torch" in imported(["info"], drivers=("/",))
+
+
+def test_a_folder_is_looked_at_without_torch(tmp_path):
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    assert imported(["info", str(tmp_path)]) == {"numpy", "PIL"}
+    assert "torch" not in imported(["info", "demo-photos"])
+
+
+@pytest.mark.parametrize(("late", "terminal", "said"), [(0.1, True, True), (60.0, True, False), (0.1, False, False)])
+def test_who_waits_long_for_torch_is_told(tmp_path, late, terminal, said):
+    """A torch that takes a second to load; the controls: in time, and where nobody looks."""
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(1)\n")
+    code = (
+        "import sys\n"
+        "from nnclr import cli\n"
+        f"cli._LATE, sys.stderr.isatty = {late}, lambda: {terminal}\n"
+        "cli._load_torch()\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert answer.stderr == ("nnclr: loading PyTorch, which takes some seconds here\n" if said else "")
+
+
+def lines_of(run, capsys):
+    assert cli.main(["info", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:14].strip(): line[14:] for line in lines if not line.startswith(" ")}, lines
+
+
+def test_a_run_is_told_in_words(tmp_path, pictures, tiny, capsys):
+    run = nnclr.pretrain(pictures, tmp_path / "run", **tiny).path
+    metrics, evaluations = (
+        [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "evaluations")
+    )
+    last, total = metrics[-1], metrics[-1]["step"]
+    told, lines = lines_of(run, capsys)
+    assert told["trained"].startswith(f"nnclr trained small-convnet on 120 images of array: step {total} of {total}, ")
+    assert told["last metrics"].startswith(f"step {total}: loss {last['loss']:.3f}, chance {last['loss_chance']:.2f}, ")
+    low, high = evaluations[-1]["interval"]
+    percent = f"{100 * evaluations[-1]['value']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    assert told["evaluations"].startswith(f"step {total}: knn top-1 accuracy {percent}, ")
+    assert sum("knn top-1 accuracy" in line for line in lines) == 1  # the latest alone
+    assert told["checkpoints"].startswith(f"step {total}")
+    assert told["encoder"] == str(run / "encoder")
+    assert told["to go on"] == "it is finished; --extend-epochs lengthens it"
+    assert lines[lines.index("settings") + 1 :] == [
+        f"  {line}" for line in (run / "config.toml").read_text().splitlines()
+    ]
+    assert not any("{" in line for line in lines)
+
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("\nepochs = ", "\nepochs = 1"))
+    assert lines_of(run, capsys)[0]["to go on"] == f"the same command goes on from step {total}"
+    for folder in ("checkpoints", "encoder"):
+        shutil.rmtree(run / folder)
+    told, _ = lines_of(run, capsys)
+    assert (told["checkpoints"], told["encoder"]) == ("none", "none yet")
+    assert told["to go on"] == "there is no checkpoint: the same command begins anew"
+
+
+def test_a_run_of_a_stranger_is_told_without_harm(tmp_path, capsys):
+    """Files that are no text, no numbers, or escapes for the terminal."""
+    (tmp_path / "config.toml").write_bytes(b'data = "\x1b[31m"\n\xff = [[[\n')
+    (tmp_path / "environment.json").write_text("[]")
+    result = {"metric": "\x1b[2J", "value": 0.5, "protocol": "knn", "step": "x", "test": ["\x07"], "interval": "wide"}
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(result) + "\n[]\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": "low", "rank_me": NaN}\n{"step": "\x1b"}\n')
+    told, lines = lines_of(tmp_path, capsys)
+    assert "\x1b" not in "".join(lines)
+    assert "\x07" not in "".join(lines)
+    assert told["last metrics"] == "step 3"
+    assert "50.0 %" in told["evaluations"]
+    assert told["damaged"]
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    for i in range(4):
+        os.mkfifo(tmp_path / f"pipe{i}.png")
+    (tmp_path / "gone.png").symlink_to("nothing")
+    assert cli.main(["info", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out: 4 x not a regular file (pipe0.png, pipe1.png, pipe2.png, ...)" in lines
+    assert "left out: 1 x dangling link (gone.png)" in lines
 
 
 def test_gpus_are_named(monkeypatch, capsys):

@@ -1,3 +1,8 @@
+import time
+from unittest import mock
+from urllib.error import URLError
+
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -69,8 +74,65 @@ def test_timm_local_folder_is_our_encoder(tmp_path, pictures):
     np.testing.assert_allclose(theirs.embed(pictures[0]), ours.embed(pictures[0]), atol=1e-5)
 
 
+def answers(error=None):
+    """A Hub that answers in one way, and how often it was asked."""
+    asked = []
+
+    def metadata(address, **_):
+        asked.append(address)
+        if error is not None:
+            raise error
+
+    return metadata, asked
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch, tmp_path):
+    """timm alone asks twelve times in 46 seconds, and each time prints two lines."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits to ask again"))
+    for name, repository in (("resnet18", "timm/resnet18.a1_in1k"), ("hf-hub:timm/x@v1", "timm/x")):
+        metadata, asked = answers(ConnectionError("no route to host"))
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+        with pytest.raises(InputError, match=r"cannot be reached \(no route to host\).*local-dir:FOLDER$") as wrong:
+            open_encoder(f"timm:{name}")
+        assert str(wrong.value).startswith(f"timm:{name} is not in the cache")
+        assert len(asked) == 1
+        assert f"/{repository}/resolve/" in asked[0]
+
+
+def test_timm_is_left_to_itself_where_the_hub_answers_or_the_weights_are_there(monkeypatch, tmp_path):
+    """The control of the test above."""
+    real, made = timm.create_model, []
+
+    def create(name, pretrained, **settings):
+        made.append(name)
+        return real(name, pretrained=False, **settings)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    response = mock.Mock(status_code=404, headers={})
+    missing = huggingface_hub.errors.HfHubHTTPError("Entry not found", response=response)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answers(missing)[0])
+    open_encoder("timm:test_resnet")
+    metadata, asked = answers(ConnectionError("no route to host"))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    cached = {("timm/test_resnet.r160_in1k", "model.safetensors"): "/cache/weights"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file, **_: cached.get((name, file)))
+    open_encoder("timm:test_resnet")
+    assert (len(made), asked) == (2, [])
+
+
+def test_torchvision_without_network_says_what_to_do(monkeypatch):
+    def get(self, *_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", get)
+    with pytest.raises(InputError, match=r"fetched \(no route to host\); .* torchvision:resnet18\?weights=FILE$"):
+        open_encoder("torchvision:resnet18")
+
+
 def test_timm_preprocessing_is_timms(monkeypatch):
     real = timm.create_model
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answers()[0])
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: real(name, pretrained=False, **k))
     encoder = open_encoder("timm:vit_tiny_patch16_224")
     config = timm.data.resolve_data_config(model=encoder.module)

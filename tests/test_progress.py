@@ -1,6 +1,7 @@
 import json
 import re
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import nnclr
 from nnclr import progress, recorder
 from nnclr.data import loader as loader_module
 from nnclr.data.images import Source
-from nnclr.progress import Window, slow_data
+from nnclr.progress import Reporter, Window, slow_data
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,33 @@ def test_a_window_tells_waiting_working_and_the_rest_apart(monkeypatch):
     assert window.data_share() == 0.25
     assert window.aside_share() == 0.2
     assert window.rate(10) == 5
+
+
+@pytest.mark.parametrize(("quiet", "many", "lines"), [(True, True, 3), (True, False, 0), (False, True, 0)])
+def test_one_of_many_runs_says_now_and_then_how_far_it_is(monkeypatch, capsys, quiet, many, lines):
+    """100 steps of a second: a line each half minute. The control: a run that is alone is quiet, or says its own."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    with progress.one_of_many() if many else nullcontext():
+        reporter = Reporter(200, quiet)
+    for step in range(101, 201):
+        clock[0] += 1
+        reporter.step(step, "64 img/s")
+    reporter.close()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines
+    if lines:
+        assert said[0] == "  step 130 of 200, 64 img/s, 1 min 10 s left"
+
+
+def test_one_of_many_runs_has_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take anything for a terminal
+    for quiet, bar in ((True, True), (False, True)):
+        with progress.one_of_many():
+            reporter = Reporter(2, quiet)
+        assert (reporter._bar is not None) == bar
+        reporter.close()
+    assert Reporter(2, quiet=True)._bar is None  # the control
 
 
 def slow(pixels, seconds):

@@ -335,7 +335,7 @@ def test_names_are_whole_where_no_terminal_is(tmp_path, capsys, monkeypatch):
         ({"ids": [1], "out": "found.txt"}, "must be a .csv file"),
         ({"ids": [1], "out": "no/found.csv"}, "a folder that exists"),
         ({"ids": [1], "out": "e.ids.csv"}, "belongs to the embeddings"),
-        ({"ids": [1], "out": "e.skipped.csv"}, "belongs to the embeddings"),
+        ({"ids": [1], "out": "e.parquet.skipped.csv"}, "belongs to the embeddings"),
     ],
 )
 def test_questions_that_make_no_sense(folder, question, message, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnclr import cli, sweep, training
+from nnclr import cli, progress, sweep, training
 from nnclr.config import from_toml, make_config
 from nnclr.errors import InputError, NonFiniteError, StorageError
 from nnclr.evaluation.metrics import half_width
@@ -76,6 +76,17 @@ def test_a_sweep_runs_its_grid_and_reports_it(spec, tmp_path, capsys):
     assert json.loads((out / "results.json").read_text())["rows"] == rows
     assert (out / "table.md").is_file()
     assert capsys.readouterr().out.count(": finished before\n") == 4
+
+
+def test_a_sweep_says_how_far_a_run_is(spec, tmp_path, capsys, monkeypatch):
+    spec.write_text(spec.read_text().replace("epochs = 1", "epochs = 2", 1))
+    monkeypatch.setattr(progress, "_EVERY_OF_MANY", 0.0)
+    assert cli.main(["sweep", str(spec), "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("run 1 of 4"))
+    assert re.fullmatch(r"  step \d of 4, \d+ img/s, \d+ s left", lines[first + 1])
+    sweep.run_sweep(spec, tmp_path / "quiet", quiet=True)
+    assert capsys.readouterr().out == ""  # the control
 
 
 def test_a_sweep_that_was_changed_is_refused_before_any_run(spec, tmp_path, capsys):

@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -31,6 +32,9 @@ from nnclr.options import (
     Sweep,
     Verify,
 )
+
+_WITHOUT_TORCH = ("compare", "data", "info", "pack")  # or what they need of it they load themselves
+_LATE = 2.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,14 +95,31 @@ def _run(verb: str, arguments: list[str]) -> None:
         "info": (Info, info),
     }
     if verb == "pretrain":
+        _load_torch()
         pretrain(arguments)
     elif verb in verbs:
         kind, function = verbs[verb]
-        function(parse(kind, arguments, verb, description=kind.__doc__))
+        options = parse(kind, arguments, verb, description=kind.__doc__)
+        if verb not in _WITHOUT_TORCH:
+            _load_torch()
+        function(options)
     else:
         near = difflib.get_close_matches(verb, ["pretrain", *verbs], n=1)
         meant = f"did you mean {near[0]}?" if near else f"there are pretrain, {', '.join(verbs)}"
         raise InputError(f"'{verb}' is no command; {meant}")
+
+
+def _load_torch() -> None:
+    """Import what takes longest; a person who has waited for it a while is told."""
+    if "torch" in sys.modules or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        return
+    late = threading.Timer(_LATE, _on_stderr, ["nnclr: loading PyTorch, which takes some seconds here"])
+    late.daemon = True
+    late.start()
+    try:
+        import torch  # noqa: F401 - so that the rest finds it loaded
+    finally:
+        late.cancel()
 
 
 def demo(options: Demo) -> None:
@@ -108,32 +129,38 @@ def demo(options: Demo) -> None:
     run_demo(Path(options.out), options.seed)
 
 
+_DRY_RUN = "Show what the run would be, try two steps of it, and leave nothing behind; needs no --out."
+
+
 def pretrain(arguments: list[str]) -> None:
-    """`nnclr pretrain`: every flag is a field of `Config`."""
+    """`nnclr pretrain`: every flag is a field of `Config`, but for --dry-run."""
     from nnclr.config import Config, load_preset
 
-    words = [argument for argument in arguments if argument.replace("_", "-") != "--dry-run"]
-    dry_run, arguments = len(words) < len(arguments), words
+    @dataclass(frozen=True)
+    class Flags(Config):
+        dry_run: Annotated[bool, tyro.conf.arg(help=_DRY_RUN)] = False
+
+    dry_run = any(argument.replace("_", "-") == "--dry-run" for argument in arguments)
     preset = _preset(arguments)
     defaults: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING}
     if preset is not None:
         defaults |= load_preset(preset)
-    default = Config(**defaults | ({"out": "unused"} if dry_run else {}))
+    default = Flags(**defaults | ({"out": "unused"} if dry_run else {}))
     config = parse(
-        Config,
+        Flags,
         arguments,
         "pretrain",
-        also=["--dry-run"],
         default=default,
-        description="Train a backbone without labels; run the same command again to resume. With --dry-run: show what "
-        "the run would be, try two steps of it, and leave nothing behind.",
+        description="Train a backbone without labels; run the same command again to resume.",
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if dry_run and not config.dry_run:  # --dry-run False
+        raise InputError("--dry-run is there and switched off; leave it out")
     if ":" in config.objective:
         sys.path.insert(0, "")  # MODULE:CLASS may lie in the working directory, as with python -m
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    values = {field.name: getattr(config, field.name) for field in fields(Config)}
     given = {name: value for name, value in values.items() if value != getattr(default, name)}
-    if dry_run:
+    if config.dry_run:
         _print_dry_run(given)
     else:
         from nnclr.training import pretrain as run_pretrain
@@ -163,12 +190,12 @@ _OF_ALL_PROTOCOLS = ("encoder", "data", "protocol", "test", "baselines", "out", 
 
 
 def evaluate(options: Evaluate) -> None:
-    """`nnclr evaluate`: progress on standard error, the records as JSON on standard output."""
+    """`nnclr evaluate`: progress on standard error, the result on standard output: words on a terminal, else JSON."""
     from nnclr.device import choose_device
     from nnclr.distributed import process_group, rank
     from nnclr.evaluation import check_parameters
     from nnclr.evaluation import evaluate as run_evaluate
-    from nnclr.evaluation.result import Result, append
+    from nnclr.evaluation.result import Result, append, summary
     from nnclr.pretrained import baselines, open_encoder
 
     special = [field for field in fields(options) if field.name not in _OF_ALL_PROTOCOLS]
@@ -178,6 +205,7 @@ def evaluate(options: Evaluate) -> None:
     device = choose_device(options.device)
     folder = Path(options.encoder)
     own, others = _result_files(folder, options.out)
+    say = _warnings_once(_on_stderr)
 
     def measure(encoder: Any, file: Path | None) -> Result:
         result = run_evaluate(
@@ -187,11 +215,12 @@ def evaluate(options: Evaluate) -> None:
             protocol=options.protocol,
             num_workers=options.num_workers,
             seed=options.seed,
-            say=_on_stderr if rank() == 0 else None,
+            say=say if rank() == 0 else None,
             **given,
         )
         if rank() == 0:
-            _on_stderr(result.in_words())
+            if options.baselines or not sys.stdout.isatty():  # or it would be said twice in a row
+                _on_stderr(result.in_words())
             if file is not None:
                 try:
                     append(result, file)
@@ -211,8 +240,26 @@ def evaluate(options: Evaluate) -> None:
     if not main:
         return
     _show(results, folder if own is not None and options.out is None else None)
+    if sys.stdout.isatty():
+        kept = dict.fromkeys(file for file in (own, others if options.baselines else None) if file is not None)
+        print(*summary(results, list(kept)), sep="\n")
+        return
     records = [asdict(result) for result in results]
     print(json.dumps(records if options.baselines else records[0], indent=2))
+
+
+def _warnings_once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Each distinct warning is said once, however many encoders are measured on the same images."""
+    said: set[str] = set()
+
+    def once(text: str) -> None:
+        if text.startswith("warning: "):
+            if text in said:
+                return
+            said.add(text)
+        say(text)
+
+    return once
 
 
 def _result_files(folder: Path, out: str | None) -> tuple[Path | None, Path | None]:
@@ -230,11 +277,13 @@ def _show(results: list[Any], folder: Path | None) -> None:
     from nnclr.evaluation.transfer import table
     from nnclr.plots import draw_label_curve
 
-    for result in results:
-        if result.protocol == "transfer":
-            _on_stderr(table(result.details, result.encoder_name))
-        elif result.protocol == "label-curve":
-            _on_stderr(result.details["in_words"])
+    texts = [
+        table(result.details, result.encoder_name) if result.protocol == "transfer" else result.details.get("in_words")
+        for result in results
+    ]
+    for text in dict.fromkeys(texts):
+        if text is not None:
+            _on_stderr(text)
     if folder is not None and results[0].protocol == "label-curve":
         draw_label_curve(folder / "label-curve.png", results[0].details["curve"])
         _on_stderr(f"curve: {folder / 'label-curve.png'}")

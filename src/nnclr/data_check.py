@@ -15,7 +15,6 @@ from nnclr.checkpoint import write_atomically
 from nnclr.data.ahead import ahead
 from nnclr.data.decode import FORMATS, BadImage, decode
 from nnclr.data.images import Source, safe, shown
-from nnclr.data.loader import check_bad
 from nnclr.data.shards import indexed_files
 from nnclr.data.source import open_source
 from nnclr.data.storage import sha256_of
@@ -94,6 +93,7 @@ def check_data(data: str, out: str | Path | None = None, say: Callable[[str], No
         "fingerprint": source.fingerprint,
         "images": len(source),
         "left_out": source.skipped,
+        "left_out_first": {reason: list(names) for reason, names in source.skipped_first.items()},
         "unreadable": _listed(source, list(bad), [bad[i] for i in bad]) | {"reasons": dict(reasons.most_common())},
         "duplicates": _duplicates(source, digests, np.flatnonzero(sides[:, 0])),
         "formats": dict(kinds.most_common()),
@@ -225,6 +225,10 @@ def _stops(source: Source, bad: dict[int, str], damaged: list[str]) -> str | Non
         )
     if len(bad) == len(source):
         return f"none of the {len(source)} images of {source.name} can be read: {bad[0]}"
+    if not bad:
+        return None
+    from nnclr.data.loader import check_bad  # it brings torch, which takes seconds to import
+
     try:
         check_bad(bad, source)
     except DataError as error:
@@ -241,6 +245,8 @@ def in_words(report: dict[str, Any]) -> Iterator[str]:
     yield f"images        {report['images']} in {report['data']}"
     for reason, count in report["left_out"].items():
         yield f"left out      {count} x {reason}"
+        if first := report["left_out_first"].get(reason):
+            yield from _names({"count": count, "first": first})
     yield f"unreadable    {bad['count']}{_counts(bad['reasons'])}"
     yield from _names(bad)
     yield f"duplicates    {double['surplus']} more than needed, in {double['groups']} groups of equal files"

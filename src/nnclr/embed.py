@@ -28,7 +28,7 @@ from nnclr.data.ahead import Threads
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source, cell, printable, shown
 from nnclr.data.source import open_source
-from nnclr.embeddings import Block, companions, header_of, open_embeddings, refuse_name, store
+from nnclr.embeddings import Block, companions, header_of, open_embeddings, refuse_name, skipped_list, store
 from nnclr.encoder import Encoder
 from nnclr.errors import DataError, InputError, NNCLRError, NonFiniteError, Stopped, StorageError
 from nnclr.evaluation.result import versions
@@ -56,8 +56,8 @@ def embed_to_file(
 
     In a job of several ranks each calls it and computes its share of the parts; they need one file system.
 
-    Images that cannot be read have no row; they are listed in `FILE.skipped.csv` (id, path, reason). Memory is that
-    of one part, of at least 2048 rows, whatever the number of images.
+    Images that cannot be read have no row; they are listed in `FILE.parquet.skipped.csv` or `FILE.npy.skipped.csv`
+    (id, path, reason). Memory is that of one part, of at least 2048 rows, whatever the number of images.
 
     Args:
         encoder: what makes the vectors.
@@ -417,8 +417,8 @@ def _assemble(
 
 
 def _list_skipped(parts: _Parts, source: Source, out: Path, skipped: list[tuple[int, str]]) -> Path:
-    """Write FILE.skipped.csv, or remove that of an earlier file of this name."""
-    listed = out.with_suffix(".skipped.csv")
+    """Write the list of what was skipped, or remove that of an earlier file of this name."""
+    listed = skipped_list(out)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["id", "path", "reason"])

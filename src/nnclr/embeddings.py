@@ -87,6 +87,11 @@ def companions(path: Path) -> tuple[Path, Path]:
     return path.with_suffix(".ids.csv"), path.with_suffix(".json")
 
 
+def skipped_list(path: Path) -> Path:
+    """The list of images without a row; after the whole name, since `e.npy` and `e.parquet` may be of other images."""
+    return path.with_name(f"{path.name}.skipped.csv")
+
+
 def open_embeddings(path: str | Path, verify: bool = False) -> Embeddings:
     """Open a file of embeddings: ours, or any parquet with a list column `embedding`, or a plain (n, d) `.npy`.
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from nnclr.blotted import without_secrets
 from nnclr.bounded_toml import parse_toml
 from nnclr.errors import InputError
-from nnclr.health import CollapseMonitor, jump_monitors
 from nnclr.progress import duration
 from nnclr.run_folder import read_lines
 
@@ -235,12 +234,14 @@ def _no_sign(record: Record, text: str) -> Finding:
 
 def findings(record: Record) -> list[Finding]:
     """All that the figures say, one measure after the other."""
-    made = [_what(record), _loss(record), *_knn(record), *_neighbours(record), *_spread(record), *_operation(record)]
+    made = [what(record), _loss(record), *_knn(record), *_neighbours(record), *_spread(record), *_operation(record)]
     return [*made, *(Finding("Damaged or missing", text, "bad") for text in record.missing)]
 
 
 def collapses(record: Record) -> tuple[list[str], bool]:
     """The warnings that the run gave, from the same figures by the same rule, and whether it has not recovered."""
+    from nnclr.health import CollapseMonitor  # here and below: it brings torch, which takes seconds to import
+
     monitor, warnings = CollapseMonitor(), []
     samples = _or(record.setting("batch_size"), 1)
     dim = _or(record.width, samples)
@@ -260,6 +261,8 @@ def collapses(record: Record) -> tuple[list[str], bool]:
 
 def jumps(record: Record) -> list[str]:
     """The warnings that the run gave of a loss or a gradient far above what was usual."""
+    from nnclr.health import jump_monitors
+
     monitors = jump_monitors()
     said = [
         monitor.observe(int(line["step"]), line[name])
@@ -299,7 +302,8 @@ def _or(value: float, default: float) -> float:
     return value if math.isfinite(value) else default
 
 
-def _what(record: Record) -> Finding:
+def what(record: Record) -> Finding:
+    """What was trained on what, and how far."""
     config, data = record.config, record.environment.get("data")
     name = data.get("name") if isinstance(data, dict) else config.get("data")
     images = "" if record.images is None else f" on {record.images:,} images"
@@ -434,6 +438,8 @@ def _spread(record: Record) -> Iterator[Finding]:
         text = f"{warning[0].upper()}{warning[1:]}."
         yield Finding("Collapse", text if now else f"{text} It recovered.", "bad")
     if rank and std and not warnings:
+        from nnclr.health import CollapseMonitor
+
         monitor, logged = CollapseMonitor(), min(len(rank), len(std))
         if logged < monitor.warmup + monitor.patience:
             text = f"Too few steps were logged to warn of one: {logged} of {monitor.warmup + monitor.patience}."

@@ -4,15 +4,18 @@ torch takes seconds to import, so that it is left alone where it has nothing to 
 """
 
 import importlib.util
-import json
 import os
 import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import nnclr
+
+if TYPE_CHECKING:
+    from nnclr.findings import Record
 
 # What the system shows of a driver for NVIDIA, AMD, or either under Windows; without one torch finds no GPU on Linux.
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -60,17 +63,83 @@ def _gpus() -> list[str]:
 
 
 def _run(path: Path) -> Iterator[str]:
-    from nnclr.data.images import printable, safe
-    from nnclr.run_folder import Run
+    """What was trained on what, how far, what was measured, and how it goes on; then the settings."""
+    from nnclr import findings
+    from nnclr.data.images import safe, shown
 
-    run = Run(path)
-    for text in (path / "config.toml").read_bytes().rstrip(b"\n").split(b"\n"):
-        yield printable(text)
-    if run.metrics:
-        yield "last metrics: " + json.dumps(run.metrics[-1])
-    for line in run.evaluations[-3:]:
-        if isinstance(line.get("value"), float):
-            yield safe(f"step {line.get('step')}: {line.get('protocol')} {line.get('metric')} {line['value']:.4f}")
+    record = findings.read_record(path)
+    yield f"run           {shown(path)}"
+    yield f"trained       {safe(findings.what(record).text)}"
+    yield f"last metrics  {_metrics(record)}"
+    for number, line in enumerate(_latest(record.evaluations) or ["none"]):
+        yield f"{'' if number else 'evaluations':<14}{line}"
+    yield from _kept(record)
+    for text in record.missing:
+        yield f"damaged       {safe(text)}"
+    yield "settings"
+    for text in record.config_text.splitlines():
+        yield f"  {safe(text)}"
+
+
+_SHOWN = {  # of a line of metrics, as people read it
+    "loss": "loss {:.3f}",
+    "loss_chance": "chance {:.2f}",
+    "neighbour_purity": "neighbour purity {:.0%}",
+    "neighbour_similarity": "neighbour similarity {:.2f}",
+    "embedding_std": "std {:.2f}",
+    "rank_me": "RankMe {:.1f}",
+    "learning_rate": "lr {:.3g}",
+    "images_per_second": "{:.0f} img/s",
+    "skipped_steps": "{:.0f} skipped steps",
+    "bad_images": "{:.0f} bad images",
+}
+_MOST = 8  # evaluations
+
+
+def _metrics(record: "Record") -> str:
+    if not record.metrics:
+        return "none"
+    line = record.metrics[-1]
+    quiet = {name for name in ("skipped_steps", "bad_images") if not line.get(name)}
+    shown = [form.format(line[name]) for name, form in _SHOWN.items() if name in line and name not in quiet]
+    return f"step {int(line['step'])}{': ' if shown else ''}{', '.join(shown)}".replace("%", " %")
+
+
+def _latest(evaluations: list[dict[str, Any]]) -> list[str]:
+    """The latest of each kind, as lines; the last few kinds."""
+    from nnclr.data.images import safe
+
+    latest: dict[str, str] = {}
+    for line in evaluations:
+        of = f"{line.get('n_test')} images of {line.get('test')}"
+        kind = f"{line['protocol']} {line['metric']}"
+        latest.pop(f"{kind} {of}", None)
+        interval = (
+            "" if line["interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in line["interval"]))
+        )
+        step = "" if line["step"] is None else f"step {line['step']}: "
+        latest[f"{kind} {of}"] = safe(f"{step}{kind} {100 * line['value']:.1f} %{interval}, {of}")
+    return list(latest.values())[-_MOST:]
+
+
+def _kept(record: "Record") -> Iterator[str]:
+    """Checkpoints and encoder, and what the same command would do."""
+    from nnclr.checkpoint import committed
+    from nnclr.data.images import shown
+
+    folder, encoder = record.path / "checkpoints", record.path / "encoder"
+    steps = [int(path.name[5:]) for path in committed(folder) if (path / "manifest.json").is_file()]
+    if steps:
+        yield f"checkpoints   {', '.join(f'step {step}' for step in steps)} in {shown(folder)}; nnclr verify reads them"
+    else:
+        yield "checkpoints   none"
+    yield f"encoder       {shown(encoder) if (encoder / 'config.json').is_file() else 'none yet'}"
+    if not steps:
+        yield "to go on      there is no checkpoint: the same command begins anew"
+    elif record.total is not None and steps[0] >= record.total:
+        yield "to go on      it is finished; --extend-epochs lengthens it"
+    else:
+        yield f"to go on      the same command goes on from step {steps[0]}"
 
 
 def _data(data: str) -> Iterator[str]:
@@ -80,6 +149,10 @@ def _data(data: str) -> Iterator[str]:
 
     source = open_source(data)
     yield f"{source.name}: {len(source)} images, fingerprint {source.fingerprint[:16]}"
+    for reason, count in source.skipped.items():
+        first = source.skipped_first.get(reason, ())
+        more = ", ..." * (count > len(first))
+        yield f"left out: {count} x {reason}" + (f" ({', '.join(first)}{more})" if first else "")
     if source.labels is None or source.class_names is None:
         why = f" ({source.unlabelled})" if source.unlabelled else ""
         yield f"no labels{why}: pre-training needs none, kNN and purity are not measured"

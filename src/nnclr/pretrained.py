@@ -1,8 +1,10 @@
 """Encoders by name: our runs, other libraries' models, and the baselines that an encoder has to beat."""
 
 import difflib
+import os
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ ACCEPTED = (
     "a run or encoder folder, hf:OWNER/NAME, timm:NAME, torchvision:NAME[?weights=FILE], "
     "checkpoint:FILE?backbone=NAME[&size=224&partial=1], random:BACKBONE[?size=224], or pixels"
 )
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as the Hub's files with timm's weights are called
 
 
 class RawPixels(nn.Module):
@@ -102,13 +106,54 @@ def _timm(name: str) -> Encoder:
     if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(bare):
         raise InputError(_unknown("timm", name, difflib.get_close_matches(bare, timm.list_models(), n=3)))
     try:
+        _refuse_unreachable(name)
         module = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"timm:{name} cannot be loaded: {first_line(error)}") from error
     config = module.pretrained_cfg
     size, provenance = int(config["input_size"][-1]), {"backbone": f"timm/{bare}"}
     mean, std = tuple(config["mean"]), tuple(config["std"])
     return Encoder(module, size, mean, std, provenance, float(config.get("crop_pct") or 0.875))
+
+
+def _refuse_unreachable(name: str) -> None:
+    """Ask the Hub once for weights that are not in its cache: its library would go on asking for a minute.
+
+    Raises:
+        InputError: if nothing answers.
+    """
+    import huggingface_hub
+    import timm
+
+    if name.startswith("hf-hub:"):
+        repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+        needed: list[tuple[str, ...]] = [("config.json",), _WEIGHTS]
+    else:
+        config = None if name.startswith("local-dir:") else timm.get_pretrained_cfg(name)
+        repository, revision, needed = getattr(config, "hf_hub_id", None) or "", "", [_WEIGHTS]
+        if not repository or "TIMM_USE_OLD_CACHE" in os.environ:
+            return
+
+    def is_kept(file: str) -> bool:
+        return isinstance(huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None), str)
+
+    if all(any(map(is_kept, files)) for files in needed):
+        return
+    address = huggingface_hub.hf_hub_url(repository, needed[0][0], revision=revision or None)
+    try:
+        huggingface_hub.get_hf_file_metadata(address)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return  # it answers; what it lacks is for timm to find out
+    except Exception as error:
+        is_offline = isinstance(error, huggingface_hub.errors.OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if is_offline else first_line(error)
+        raise InputError(
+            f"timm:{name} is not in the cache and the Hugging Face Hub cannot be reached ({reason}); run this once "
+            f"where it can be, or copy a folder with config.json and model.safetensors of {repository} here and "
+            "name timm:local-dir:FOLDER"
+        ) from error
 
 
 def _torchvision(name: str, weights: str | None = None) -> Encoder:
@@ -133,6 +178,11 @@ def _torchvision(name: str, weights: str | None = None) -> Encoder:
             encoder = Encoder(module, 224, provenance=provenance)
     except InputError:
         raise
+    except URLError as error:
+        raise InputError(
+            f"torchvision:{name} is not in the cache and its weights cannot be fetched ({error.reason}); run this once "
+            f"where they can be, or name torchvision:{name}?weights=FILE"
+        ) from error
     except Exception as error:
         raise InputError(f"torchvision:{name} cannot be loaded: {first_line(error)}") from error
     encoder.module = without_classifier(module, name).eval()

@@ -3,7 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 SLOW_DATA = 0.2  # share of the step time spent waiting for batches above which it is said
 ESTIMATE_AFTER = 10.0  # seconds without a line of figures
 _EVERY = 10.0  # seconds between two lines
+_EVERY_OF_MANY = 30.0  # the same in one of many runs
+_one_of_many: ContextVar[bool] = ContextVar("one_of_many", default=False)
 
 
 def duration(seconds: float) -> str:
@@ -24,16 +28,29 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+@contextmanager
+def one_of_many() -> Iterator[None]:
+    """While entered, a quiet run still says how far it is: a bar on a terminal, else a line every half minute."""
+    token = _one_of_many.set(True)
+    try:
+        yield
+    finally:
+        _one_of_many.reset(token)
+
+
 class Reporter:
     """Prints lines; on a terminal a bar with step, rate and time left stands below them.
 
     Args:
         total: steps of the whole run.
-        quiet: print nothing at all.
+        quiet: print nothing at all, but for `one_of_many`.
     """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
-        self.quiet = quiet
+        self.quiet, self.total = quiet, total
+        self._far = quiet and _one_of_many.get()
+        self._began: tuple[int, float] | None = None  # step and time at the end of the first step
+        self._said = time.perf_counter()
         self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
         columns = (
             TextColumn("step {task.completed}/{task.total}"),
@@ -41,7 +58,7 @@ class Reporter:
             TextColumn("{task.description}"),
         )
         self._bar = None
-        if self._console.is_terminal and not quiet:
+        if self._console.is_terminal and (self._far or not quiet):
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
@@ -55,6 +72,19 @@ class Reporter:
         """Move the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=description)
+        elif self._far:
+            self._how_far(step, description)
+
+    def _how_far(self, step: int, description: str) -> None:
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = step, now
+        first, began = self._began
+        if now - self._said < _EVERY_OF_MANY or step in (first, self.total):
+            return
+        left = duration((self.total - step) * (now - began) / (step - first))
+        self._console.print(f"  step {step} of {self.total}, {description}, {left} left", markup=False)
+        self._said = now
 
     def close(self) -> None:
         """Take the bar away."""

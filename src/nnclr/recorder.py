@@ -123,6 +123,11 @@ class Recorder:
                     "warning: the support set is larger than the data, so it holds older embeddings of the very "
                     "same images; own_id_share in metrics.jsonl tells how often those are the neighbours"
                 )
+        if self.knn is not None and self.evaluate_every:
+            say(
+                f"online kNN: {len(self.knn.queries)} images, each by the labels of its nearest among "
+                f"{len(self.knn.bank)} others"
+            )
         self.resumed_from = None if skipped is None else self.state.step
         begun = -1 if skipped is None else self.state.step
         distributed.from_main(lambda: run_folder.forget_later_lines(self.run, begun))

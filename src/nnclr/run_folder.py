@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import nnclr
 from nnclr.blotted import command_without_secrets
@@ -114,6 +113,8 @@ def _attempts(run: Path) -> Path:
 
 def write_record(run: Path, config: str, device: str, source: Source) -> None:
     """config.toml and environment.json: what it takes to repeat the run."""
+    import torch  # here, because who reads a run folder does not need it
+
     write_atomically(run / "config.toml", config.encode())
     environment = {
         "nnclr": nnclr.__version__,

@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 
 from nnclr.checkpoint import write_atomically
 from nnclr.data.images import cell, shown
-from nnclr.embeddings import Embeddings, companions, open_embeddings, other_encoder
+from nnclr.embeddings import Embeddings, companions, open_embeddings, other_encoder, skipped_list
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
 from nnclr.neighbours import Duplicates, Hints, near_duplicates
@@ -252,7 +252,7 @@ def _index(opened: Embeddings, approximate: bool, say: Callable[[str], None]) ->
 def _refuse_out(out: Path, embeddings: Path) -> None:
     if out.suffix != ".csv" or not out.parent.is_dir() or out.is_dir():
         raise InputError(f"--out {shown(out)} must be a .csv file in a folder that exists")
-    own = {*companions(embeddings), embeddings.with_suffix(".skipped.csv")}
+    own = {*companions(embeddings), skipped_list(embeddings)}
     if os.path.abspath(out) in {os.path.abspath(file) for file in own}:
         raise InputError(f"--out {shown(out)} belongs to the embeddings; choose another name")
     if out.is_file():

@@ -19,6 +19,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -31,6 +32,7 @@ from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.errors import InputError, NonFiniteError
 from nnclr.evaluation.metrics import half_width
 from nnclr.plots import draw_sweep
+from nnclr.progress import one_of_many
 from nnclr.run_folder import Run
 from nnclr.training import check_existing, check_settings, pretrain
 
@@ -135,13 +137,14 @@ def _run_cell(spec: Spec, out: Path, cell: dict[str, Any], done: int, quiet: boo
     origins: list[dict[str, Any]] = []
     total = math.prod(len(choices) for choices in spec.grid.values()) * len(spec.seeds)
     for number, seed in enumerate(spec.seeds, done + 1):
-        fields = {**spec.settings, **cell, "seed": seed}
+        fields = {**spec.settings, **cell, "seed": seed, "preset": spec.preset}
         name = _name(cell, seed)
         if not quiet:
             before = ": finished before" if (out / name / "report.html").exists() else ""
             print(f"run {number} of {total}: {name}{before}", flush=True)
         try:
-            run = pretrain(spec.data, out / name, preset=spec.preset, test_data=spec.test_data, quiet=True, **fields)
+            with nullcontext() if quiet else one_of_many():
+                run = pretrain(spec.data, out / name, test_data=spec.test_data, quiet=True, **fields)
         except NonFiniteError as error:  # as much an outcome of this combination as a figure
             failed.append({"seed": seed, "reason": str(error)})
             if not quiet:

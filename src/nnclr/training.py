@@ -115,6 +115,7 @@ def train(
         run, device, plan = Path(config.out), torch.device(config.device), make_plan(config, len(source))
         distributed.from_main(lambda: check_existing(run, config, source))
         total = round((config.epochs + config.extend_epochs) * plan.steps_per_epoch)
+        knn = OnlineKNN.create(source, test, config.knn_k, config.knn_temperature, config.seed, config.num_workers or 0)
         state = build(config, device, module, source.labels)
         objective, optimizer, average = state.objective, state.optimizer, state.average
         little = partial(in_little_memory, images=config.grad_cache, recompute=config.recompute)
@@ -131,7 +132,7 @@ def train(
         distributed.barrier()  # some may have read their images faster
         check, undo, stop = StepCheck(run, state, device), Undo(state), stack.enter_context(stop_request(run))
         distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, stack))
-        recorder = create_recorder(run, config, source, test, state, loader, plan, total, quiet)
+        recorder = create_recorder(run, config, source, knn, state, loader, plan, total, quiet)
         try:
             recorder.start(restored)
             for batch in loader.batches(state.step, total, lambda: plan.ranks == 1 and stop.asked is not None):
@@ -438,7 +439,7 @@ def create_recorder(
     run: Path,
     config: Config,
     source: Source,
-    test: Source | None,
+    knn: OnlineKNN | None,
     state: TrainState,
     loader: Loader,
     plan: Plan,
@@ -460,7 +461,7 @@ def create_recorder(
         image_size=config.image_size,
         device=config.device,
         precision=config.precision,
-        knn=OnlineKNN.create(source, test, config.knn_k, config.knn_temperature, config.seed, config.num_workers or 0),
+        knn=knn,
         log_every=config.log_every_steps,
         evaluate_every=config.evaluate_every_epochs * plan.steps_per_epoch,
         checkpoint_every=config.checkpoint_every_steps,

@@ -72,10 +72,14 @@ def test_what_is_no_image_is_left_out_and_named(tmp_path):
     with pytest.raises(InputError, match="is a file"):
         open_source(tmp_path / "notes.txt")
     os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(InputError, match=r"1 x not a regular file \(pipe\.jpg\); accepted"):
+        open_source(tmp_path)
     write(tmp_path / "good.png")
     source = open_source(tmp_path)
     assert len(source) == 1
     assert source.skipped == {"not a regular file": 1}
+    assert source.skipped_first == {"not a regular file": ("pipe.jpg",)}
+    assert open_source([tmp_path, tmp_path]).skipped_first == {"not a regular file": ("0/pipe.jpg", "1/pipe.jpg")}
 
 
 def test_links(tmp_path):
@@ -93,6 +97,10 @@ def test_links(tmp_path):
     source = open_source(root)
     assert [source.describe(i) for i in range(len(source))] == ["a/1.png", "alias.png"] or len(source) == 2
     assert source.skipped == {"link out of the folder": 2, "dangling link": 1}
+    assert source.skipped_first == {
+        "link out of the folder": ("out", "secret.png"),
+        "dangling link": ("gone.png",),
+    }
 
 
 def test_odd_names(tmp_path):

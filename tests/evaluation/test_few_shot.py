@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import chisquare
 
 from nnclr.errors import InputError
-from nnclr.evaluation.few_shot import _distinct, _episodes, few_shot
+from nnclr.evaluation.few_shot import _distinct, _episodes, episodes_cut, episodes_in_words, few_shot
 from tests.reference import unit
 
 
@@ -97,6 +97,19 @@ def test_episodes_are_cut_to_the_data():
     found = few_shot(features, labels, (1, 4, 5), ways=5, queries=15, episodes=20)
     cut = {k: (o.shots, o.ways, o.queries, o.classes, o.left_out, o.episodes) for k, o in found.items()}
     assert cut == {1: (1, 3, 4, 3, 1, 20), 4: (4, 3, 1, 3, 1, 20), 5: (5, 2, 7, 2, 2, 20)}
+    assert episodes_in_words(list(found.values())) == (
+        "20 episodes for each number of shots; an episode draws 3, 3 or 2 classes (ways), learns from 1, 4 or 5 images "
+        "a class (shots) and classifies 4, 1 or 7 others a class (queries)"
+    )
+    assert list(episodes_cut([found[5]])) == [
+        "with 5 shots 2 classes take no part, which have fewer than 6 images",
+        "with 5 shots an episode has 2 classes instead of 5, as there are no more",
+        "with 5 shots 7 images a class are classified instead of 15, as the smallest class has 12",
+    ]
+    assert list(episodes_cut(found.values(), ways=2, queries=1))[1:] == [
+        "with 4 shots one class takes no part, which has fewer than 5 images",
+        "with 5 shots 2 classes take no part, which have fewer than 6 images",
+    ]
     with pytest.raises(InputError, match="needs two classes of at least 13 images, and the data has 1;"):
         few_shot(features, labels, (1, 12))
 

@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn")
 from nnclr.embed import embed_to_file
 from nnclr.explorer.collection import open_collection
 from nnclr.explorer.guard import Limits
-from nnclr.explorer.server import Explorer, listen, make_server
+from nnclr.explorer.server import Explorer, claim, make_server
 from nnclr.pretrained import open_encoder
 
 # Names that someone may have given a file to harm whoever looks at it.
@@ -63,7 +63,7 @@ def embedded(pictures_folder, tmp_path_factory):
 @contextlib.contextmanager
 def serving(collection, guarded=True, limits=None, key=None):
     """An explorer in a thread of this process, on a free port of 127.0.0.1."""
-    sockets = listen("127.0.0.1", 0, key)
+    sockets = claim("127.0.0.1", 0, key)
     explorer = Explorer(collection, "127.0.0.1", key, limits or Limits())
     if not guarded:
         explorer.app = explorer.routes

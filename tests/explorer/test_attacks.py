@@ -24,7 +24,7 @@ from PIL import Image
 
 from nnclr.explorer.collection import open_collection
 from nnclr.explorer.guard import Limits
-from nnclr.explorer.server import listen, selection_list
+from nnclr.explorer.server import claim, listen, selection_list
 from tests.explorer.conftest import draw_folder, serving
 
 LIMITS = Limits(body_bytes=2**20, head_seconds=4, request_seconds=4)
@@ -554,7 +554,9 @@ def test_only_loopback_listens(explorer):
     addresses = listening_addresses()
     assert f"0100007F:{explorer.port:04X}" in addresses
     assert not [address for address in addresses if not address.startswith(("0100007F:", "0" * 24 + "01000000:"))]
-    (everywhere,) = listen("0.0.0.0", 0, "a-token-of-16-letters")
+    (everywhere,) = claim("0.0.0.0", 0, "a-token-of-16-letters")
+    assert not any(address.startswith("00000000:") for address in listening_addresses())
+    listen([everywhere], "0.0.0.0")
     assert any(address.startswith("00000000:") for address in listening_addresses())
     everywhere.close()
 

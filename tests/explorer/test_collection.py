@@ -16,10 +16,10 @@ from nnclr.data.source import open_source
 from nnclr.embed import embed_to_file
 from nnclr.embeddings import open_embeddings, write_embeddings
 from nnclr.errors import InputError
-from nnclr.explorer import atlas, explore, projection
+from nnclr.explorer import atlas, collection, explore, projection
 from nnclr.explorer.atlas import write_atlas
 from nnclr.explorer.collection import open_collection
-from nnclr.explorer.server import address_of, listen, thumbnail
+from nnclr.explorer.server import address_of, claim, thumbnail
 from nnclr.pretrained import open_encoder
 from tests.explorer.conftest import draw_folder
 
@@ -236,19 +236,48 @@ def test_ports_and_hosts(embedded):
             explore([embedded / "8.parquet"], port=port, open_browser=False, say=quiet)
     for host in ("0.0.0.0", "::"):
         with pytest.raises(InputError, match="a --token is needed"):
-            listen(host, 0, None)
+            claim(host, 0, None)
     with pytest.raises(InputError, match="at least 16"):
-        listen("0.0.0.0", 0, "short")
+        claim("0.0.0.0", 0, "short")
     with pytest.raises(InputError, match="at least 16"):
-        listen("127.0.0.1", 0, "sixteen letters; but not of these")
+        claim("127.0.0.1", 0, "sixteen letters; but not of these")
     with pytest.raises(InputError, match="cannot be listened on"):
-        listen("no.such.host.invalid", 0, None)
-    opened_sockets = listen("localhost", 0, None)
+        claim("no.such.host.invalid", 0, None)
+    opened_sockets = claim("localhost", 0, None)
     ports = {one.getsockname()[1] for one in opened_sockets}
     assert len(ports) == 1
     assert re.fullmatch(r"http://localhost:\d+/", address_of("localhost", opened_sockets[0], None))
     for one in opened_sockets:
         one.close()
+
+
+def test_nobody_connects_before_the_map_is_ready(embedded, monkeypatch):
+    """The port is ours from the beginning, and closed; when its address is said, it answers."""
+    seen = []
+    real = collection.open_collection
+
+    def connected(port):
+        with socket.socket() as visitor:
+            return visitor.connect_ex(("127.0.0.1", port)) == 0
+
+    def watched(*arguments):
+        seen.append(connected(port))
+        with pytest.raises(InputError, match=f"port {port} is in use"):
+            claim("127.0.0.1", port, None)
+        return real(*arguments)
+
+    def said(text):
+        if "pictures at" in text:
+            seen.append(connected(port))
+            raise KeyboardInterrupt
+
+    (free,) = claim("127.0.0.1", 0, None)
+    port = free.getsockname()[1]
+    free.close()
+    monkeypatch.setattr(collection, "open_collection", watched)
+    for _ in range(2):  # the second while the first's connections end
+        explore([embedded / "8.parquet"], port=port, projection="pca", open_browser=False, say=said)
+    assert seen == [False, True] * 2
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -307,7 +307,7 @@ def test_odd_names_do_no_harm_wherever_they_are_written(odd_names, tmp_path, cap
     places = {
         "terminal": said.out + said.err,
         "ids of the npy": (tmp_path / "e.ids.csv").read_text(),
-        "skipped": (tmp_path / "e.skipped.csv").read_text(),
+        "skipped": (tmp_path / "e.parquet.skipped.csv").read_text(),
         "search": (tmp_path / "found.csv").read_text(),
         "report of data check": (tmp_path / "report.json").read_text(),
         "bad samples": (run / "bad_samples.jsonl").read_text(),

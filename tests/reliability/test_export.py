@@ -69,7 +69,7 @@ def test_embeddings_survive_twenty_kills_byte_for_byte(tmp_path, photos, warm, m
     reference, alike, parts = files(tmp_path), 0, 0
     for point in random.Random(1).sample(range(events.count), 20):
         (tmp_path / "e.parquet").unlink(missing_ok=True)
-        (tmp_path / "e.skipped.csv").unlink(missing_ok=True)
+        (tmp_path / "e.parquet.skipped.csv").unlink(missing_ok=True)
         assert warm.run("tests.reliability.test_export:embed_until", str(tmp_path), "e.parquet", point) == -9
         parts += len(list((tmp_path / ".e.parquet.parts").glob("[0-9]*.json")))
         go(encoder, photos, tmp_path / "e.parquet")

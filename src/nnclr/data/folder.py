@@ -15,6 +15,7 @@ from nnclr.data.decode import BadImage, decode, read_file
 from nnclr.data.images import Source, printable
 from nnclr.errors import InputError
 
+_NAMED = 3  # files that are left out, for each reason
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 
@@ -26,6 +27,14 @@ class _Scan:
     images: list[tuple[bytes, int, int]] = field(default_factory=list)  # relative path, bytes, when it was written
     others: Counter[str] = field(default_factory=Counter)  # extension -> files that are no images
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> files
+    skipped_first: dict[str, list[bytes]] = field(default_factory=dict)  # reason -> relative paths
+
+    def leave_out(self, relative: bytes, reason: str) -> None:
+        """Count what is not taken, and keep the first names: folders of strangers may hold millions."""
+        self.skipped[reason] += 1
+        names = self.skipped_first.setdefault(reason, [])
+        if len(names) < _NAMED:
+            names.append(relative or b".")
 
 
 def folder_source(roots: Sequence[Path]) -> Source:
@@ -46,13 +55,14 @@ def folder_source(roots: Sequence[Path]) -> Source:
         scans.append(_scan(root))
     name = ", ".join(printable(os.fsencode(root)) for root in roots)
     skipped: Counter[str] = sum((scan.skipped for scan in scans), Counter())
+    prefixes = [b"" if len(scans) == 1 else b"%d/" % number for number in range(len(scans))]
+    named = _first_left_out(scans, prefixes)
     if not any(scan.images for scan in scans):
-        raise InputError(_nothing_found(name, sum((scan.others for scan in scans), Counter()), skipped))
+        raise InputError(_nothing_found(name, sum((scan.others for scan in scans), Counter()), skipped, named))
     for scan in scans:
         scan.images.sort()
     written = hashlib.sha256(repr([[time for _, _, time in scan.images] for scan in scans]).encode()).hexdigest()
     labels, class_names = _folder_labels([path for scan in scans for path, *_ in scan.images])
-    prefixes = [b"" if len(scans) == 1 else b"%d/" % number for number in range(len(scans))]
     digest = hashlib.sha256()
     for prefix, scan in zip(prefixes, scans, strict=True):
         for path, size, _ in scan.images:
@@ -84,7 +94,17 @@ def folder_source(roots: Sequence[Path]) -> Source:
         unlabelled=_loose([path for scan in scans for path, *_ in scan.images]),
         revision=written,
         content=content,
+        skipped_first=named,
     )
+
+
+def _first_left_out(scans: list[_Scan], prefixes: list[bytes]) -> dict[str, tuple[str, ...]]:
+    """The first names for each reason, for people."""
+    named: dict[str, tuple[str, ...]] = {}
+    for scan, prefix in zip(scans, prefixes, strict=True):
+        for reason, paths in scan.skipped_first.items():
+            named[reason] = (*named.get(reason, ()), *(printable(prefix + path) for path in paths))[:_NAMED]
+    return named
 
 
 class _Names:
@@ -110,7 +130,7 @@ def _scan(root: Path) -> _Scan:
             status = os.stat(folder)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            scan.skipped["unreadable folder"] += 1
+            scan.leave_out(relative, "unreadable folder")
             continue
         if (status.st_dev, status.st_ino) in visited:
             continue
@@ -128,10 +148,10 @@ def _take(scan: _Scan, entry: "os.DirEntry[bytes]", relative: bytes, real_root: 
         if entry.is_symlink():
             target = os.path.realpath(entry.path)
             if os.path.commonpath([real_root, target]) != real_root:
-                scan.skipped["link out of the folder"] += 1
+                scan.leave_out(relative, "link out of the folder")
                 return
     except OSError:
-        scan.skipped["dangling link"] += 1
+        scan.leave_out(relative, "dangling link")
         return
     if stat.S_ISDIR(status.st_mode):
         waiting.append(relative)
@@ -140,7 +160,7 @@ def _take(scan: _Scan, entry: "os.DirEntry[bytes]", relative: bytes, real_root: 
     if extension not in EXTENSIONS:
         scan.others[extension or "without extension"] += 1
     elif not stat.S_ISREG(status.st_mode):
-        scan.skipped["not a regular file"] += 1
+        scan.leave_out(relative, "not a regular file")
     else:
         scan.images.append((relative, status.st_size, status.st_mtime_ns))
 
@@ -163,8 +183,9 @@ def _loose(paths: list[bytes]) -> str:
     return f"{lie} in no class folder ({printable(loose[0])}{', ...' if len(loose) > 1 else ''})"
 
 
-def _nothing_found(name: str, others: Counter[str], skipped: Counter[str]) -> str:
+def _nothing_found(name: str, others: Counter[str], skipped: Counter[str], named: dict[str, tuple[str, ...]]) -> str:
     found = [f"{count} {extension}" for extension, count in others.most_common(4)]
-    found += [f"{count} x {reason}" for reason, count in skipped.most_common(2)]
+    for reason, count in skipped.most_common(2):
+        found.append(f"{count} x {reason} ({named[reason][0]}{', ...' if count > 1 else ''})")
     there = f"it holds {', '.join(found)}" if found else "it is empty"
     return f"no images found in {name}: {there}; accepted are {' '.join(sorted(EXTENSIONS))}"

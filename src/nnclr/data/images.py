@@ -3,19 +3,24 @@
 An image's id is its index in the source; the order is fixed by names, never by the file system.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import torch
 
 from nnclr.data.ahead import reading
 from nnclr.data.decode import decode
 from nnclr.errors import InputError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and to look at images does without
+    import torch
 
 MOST_CLASS = 1 << 20  # a larger number as a label is a name, or an error
 
@@ -41,6 +46,8 @@ class Source:
         content: index -> the file of an image as it is stored; raises `BadImage`; None where images have no files.
         blocks: images in each part that is best read in one go, as a shard; None where all places are alike.
         window: blocks whose images are shuffled together.
+        skipped_first: reason -> names of the first few that were not taken, printable everywhere; absent where they
+            have none.
     """
 
     name: str
@@ -57,6 +64,7 @@ class Source:
     content: Callable[[int], bytes] | None = None
     blocks: tuple[int, ...] | None = None
     window: int = 1
+    skipped_first: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.length
@@ -84,7 +92,7 @@ class Source:
         """Path or name of image i, with everything escaped that could harm a terminal."""
         return self.title(i)
 
-    def subset(self, indices: np.ndarray) -> "Source":
+    def subset(self, indices: np.ndarray) -> Source:
         """The images with these indices, in this order, as a source of its own."""
         chosen, content = np.asarray(indices, np.int64), self.content
         digest = hashlib.sha256(self.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest()
@@ -140,7 +148,7 @@ def array_source(
     Raises:
         InputError: for another dtype or shape, or labels that do not fit.
     """
-    pixels = images.cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    pixels = images.cpu().numpy() if is_tensor(images) else np.asarray(images)
     if pixels.dtype != np.uint8:
         raise InputError(f"images must be uint8 from 0 to 255, these are {pixels.dtype}")
     if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] not in (1, 3):
@@ -169,6 +177,12 @@ def array_source(
         return np.array(np.broadcast_to(pixels[i], (*pixels.shape[1:3], 3)))  # a copy that may be written
 
     return Source(name, len(pixels), fetch, lambda i: f"{name}#{i}", digest.hexdigest(), checked, names)
+
+
+def is_tensor(data: object) -> TypeGuard[torch.Tensor]:
+    """Whether it is a tensor; where torch was never imported there is none."""
+    loaded = sys.modules.get("torch")
+    return loaded is not None and isinstance(data, loaded.Tensor)
 
 
 def printable(name: bytes) -> str:

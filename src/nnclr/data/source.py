@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nnclr.data.array_file import npy_source
 from nnclr.data.folder import folder_source
 from nnclr.data.hub import hub_source
-from nnclr.data.images import Source, array_source, shown
+from nnclr.data.images import Source, array_source, is_tensor, shown
 from nnclr.data.named import torchvision_source
 from nnclr.data.parquet import parquet_source
 from nnclr.data.photos import photo_patches
@@ -50,7 +49,7 @@ def open_source(data: Any) -> Source:
     """
     if isinstance(data, Source):
         return data
-    if isinstance(data, (np.ndarray, torch.Tensor)):
+    if isinstance(data, np.ndarray) or is_tensor(data):
         return array_source(data, None)
     if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, os.PathLike)):
         return array_source(*data)

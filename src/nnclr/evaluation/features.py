@@ -52,7 +52,7 @@ def embedded(encoder: Encoder, source: Source, num_workers: int, say: Callable[[
         descriptor, temporary = tempfile.mkstemp(dir=known.parent, prefix=".tmp-", suffix=".npy")
         os.close(descriptor)
     except OSError as error:
-        say(f"features are not kept: {known.parent} cannot be written ({error.strerror})")
+        say(f"warning: features are not kept: {known.parent} cannot be written ({error.strerror})")
         return _computed(encoder, source, num_workers, say, None)
     try:
         _computed(encoder, source, num_workers, say, Path(temporary))

@@ -1,5 +1,6 @@
 """Few-shot classification of frozen features: nearest class centroid over many small random tasks."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from nnclr.finite import refuse_not_finite
 
 _EPISODES = -4  # what the random numbers are for, beside those of counter and metrics
 _GATHERED = 2**24  # numbers of a block of episodes: 64 MiB
+_WAYS, _QUERIES = 5, 15  # that are asked for, where nothing else is
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ def few_shot(
     features: np.ndarray,
     labels: np.ndarray,
     shots: tuple[int, ...] = (1, 5, 10),
-    ways: int = 5,
-    queries: int = 15,
+    ways: int = _WAYS,
+    queries: int = _QUERIES,
     episodes: int = 600,
     seed: int = 0,
 ) -> dict[int, FewShotOutcome]:
@@ -60,6 +62,43 @@ def few_shot(
         raise InputError("few-shot needs at least 1 shot, 1 query, 2 ways and 2 episodes; raise the one that is lower")
     refuse_not_finite(features, "the features")
     return {count: _measure(features, labels, count, ways, queries, episodes, seed) for count in shots}
+
+
+def episodes_in_words(outcomes: Sequence[FewShotOutcome]) -> str:
+    """What an episode is; where numbers of shots differ in it, in their order."""
+    shots = _each([outcome.shots for outcome in outcomes])
+    return (
+        f"{_each([o.episodes for o in outcomes])} episodes for each number of shots; an episode draws "
+        f"{_each([o.ways for o in outcomes])} classes (ways), learns from {shots} image{'s' * (shots != '1')} a class "
+        f"(shots) and classifies {_each([o.queries for o in outcomes])} others a class (queries)"
+    )
+
+
+def episodes_cut(outcomes: Iterable[FewShotOutcome], ways: int = _WAYS, queries: int = _QUERIES) -> Iterator[str]:
+    """Where episodes are smaller than was asked for, and why: other figures of few-shot are then another task's."""
+    for o in outcomes:
+        with_shots = f"with {o.shots} shot{'s' * (o.shots > 1)}"
+        if o.left_out:
+            classes = (
+                "one class takes no part, which has"
+                if o.left_out == 1
+                else f"{o.left_out} classes take no part, which have"
+            )
+            yield f"{with_shots} {classes} fewer than {o.shots + 1} images"
+        if o.ways < ways:
+            yield f"{with_shots} an episode has {o.ways} classes instead of {ways}, as there are no more"
+        if o.queries < queries:
+            yield (
+                f"{with_shots} {o.queries} images a class are classified instead of {queries}, as the smallest class "
+                f"has {o.shots + o.queries}"
+            )
+
+
+def _each(numbers: Sequence[int]) -> str:
+    """One number where all are equal, else all of them."""
+    if len(set(numbers)) == 1:
+        return str(numbers[0])
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
 
 
 def _measure(

@@ -50,7 +50,7 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
             f"the smallest class of {source.name} has {smallest} images, fewer than {min(budgets)} labels a class"
         )
     if used != sorted(budgets):
-        task.say(f"the smallest class of {source.name} has {smallest} images: only {used} labels a class are tried")
+        task.warn(f"the smallest class of {source.name} has {smallest} images: only {used} labels a class are tried")
     ways: dict[str, Callable[[np.ndarray, int], float]] = {
         "encoder": _frozen(task, source, scored),
         "pixels": _frozen(replace(task, encoder=_pixels(task.encoder), _known={}), source, scored),

@@ -13,6 +13,7 @@ from nnclr.data.images import Source
 from nnclr.data.loader import Plan, create_loader
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
+from nnclr.evaluation.few_shot import episodes_cut, episodes_in_words
 from nnclr.evaluation.few_shot import few_shot as measure_few_shot
 from nnclr.evaluation.knn import nearest_rows, vote, without_itself
 from nnclr.evaluation.label_free import label_free as measure_label_free
@@ -131,11 +132,8 @@ def few_shot(task: Task, shots: Sequence[int] = (1, 5, 10)) -> Outcome:
     features, labels = task.features(scored)
     outcomes = measure_few_shot(features, labels, tuple(shots), seed=task.seed)
     last = outcomes[max(outcomes)]
-    if last.left_out or last.ways < 5 or last.queries < 15:
-        task.say(
-            f"few-shot: {last.ways} classes an episode and {last.queries} queries each; {last.left_out} classes have "
-            "too few images"
-        )
+    for complaint in episodes_cut(outcomes.values()):
+        task.warn(f"few-shot: {complaint}")
     parameters = {
         "shots": last.shots,
         "ways": last.ways,
@@ -144,10 +142,11 @@ def few_shot(task: Task, shots: Sequence[int] = (1, 5, 10)) -> Outcome:
         "classifier": "nearest class centroid, cosine",
         "classes_left_out": last.left_out,
     }
-    details = {
+    details: dict[str, Any] = {
         f"{outcome.shots} shots": {"value": outcome.accuracy, "interval": list(outcome.interval)}
         for outcome in outcomes.values()
     }
+    details["in_words"] = f"few-shot: {episodes_in_words(list(outcomes.values()))}"
     method = "over episodes, 1.96 standard errors"
     return Outcome(
         f"{last.shots}-shot accuracy",

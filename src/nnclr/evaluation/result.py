@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from nnclr.data.images import safe, shown
+
+_MANY = 6  # values of a parameter, of which a person sees the smallest and the largest only
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,66 @@ class Result:
         """One line for people: metric, value, interval, protocol, encoder."""
         low_high = "" if self.interval is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in self.interval))
         return f"{self.encoder_name}: {self.protocol} {self.metric} {100 * self.value:.1f} %{low_high}"
+
+
+def summary(results: Sequence[Result], kept: Sequence[Path]) -> Iterator[str]:
+    """Results of one protocol on the same images as a block for a terminal; the records say all of it.
+
+    Args:
+        results: of the encoder, then of those that it is compared with.
+        kept: the files that the records were added to.
+    """
+    first = results[0]
+    over = "" if first.interval is None else f", with the 95 % interval {first.interval_method}"
+    yield f"{first.protocol} {first.metric}{over}"
+    names = [safe(result.encoder_name) for result in results]
+    width = max(map(len, names))
+    for name, result in zip(names, results, strict=True):
+        interval = "" if result.interval is None else "{:7.1f} to {:.1f}".format(*(100 * v for v in result.interval))
+        yield f"  {name:<{width}}  {100 * result.value:5.1f} %{interval}"
+    for name, result in zip(names, results, strict=True):
+        if further := list(_further(result)):
+            yield f"further       {', '.join(further)}" + (f" ({name})" if len(results) > 1 else "")
+    learned = f"{first.n_train} images of {safe(first.data)}" if first.n_train else "nothing"
+    yield f"learned from  {learned}"
+    yield f"scored        {first.n_test} images of {safe(first.test)}"
+    for name, result in zip(names, results, strict=True):
+        if result is first or result.parameters != first.parameters:
+            there = "; ".join(_parameters(result.parameters))
+            yield f"{'protocol' if result is first else '':<14}{there}" + ("" if result is first else f" ({name})")
+    of_step = "" if first.step is None else f"step {first.step}, "
+    crop = first.preprocessing["crop_pct"]
+    yield f"encoder       {of_step}{first.preprocessing['image_size']} px, crop {crop:g}, seed {first.seed}"
+    yield f"took          {sum(result.seconds for result in results):.1f} s"
+    yield f"record        {', '.join(map(shown, kept)) if kept else 'not kept; --out FILE.jsonl keeps it'}"
+
+
+def _further(result: Result) -> Iterator[str]:
+    """The other numbers of a protocol, without lists and tables."""
+    for name, value in result.details.items():
+        words = name.replace("_", " ")
+        if isinstance(value, float):
+            yield f"{words} {value:.3g}"
+        elif isinstance(value, dict) and isinstance(value.get("value"), float):
+            yield f"{words} {100 * value['value']:.1f} %"
+
+
+def _parameters(parameters: dict[str, Any]) -> Iterator[str]:
+    """Name and value of each; long lists by their ends, and not what was measured on the way."""
+    for name, value in parameters.items():
+        words = name.replace("_", " ")
+        if isinstance(value, (list, tuple)) and len(value) > _MANY and all(isinstance(v, (int, float)) for v in value):
+            yield f"{len(value)} {words} from {min(value):g} to {max(value):g}"
+        elif isinstance(value, (list, tuple)):
+            yield f"{words} {', '.join(_plain(one) for one in value) or 'none'}"
+        elif value is not None and not isinstance(value, dict):
+            yield f"{words} {_plain(value)}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else safe(value)
 
 
 def append(result: Result, path: Path) -> None:

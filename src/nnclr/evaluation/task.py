@@ -47,6 +47,10 @@ class Task:
     say: Callable[[str], None]
     _known: dict[str, np.ndarray] = field(default_factory=dict)  # features by fingerprint, of this evaluation
 
+    def warn(self, text: str) -> None:
+        """Say what may spoil the number, in a line that is known as a warning by its first word."""
+        self.say(f"warning: {text}")
+
     def split(self) -> tuple[Source, Source]:
         """Images to learn from and images to score; see `split`.
 
@@ -56,7 +60,7 @@ class Task:
         train, scored = split(self.data, self.test, self.seed)
         _check_classes(train)
         if train.fingerprint == scored.fingerprint:
-            self.say(f"warning: the images of {train.name} that are scored are those that were learned from")
+            self.warn(f"the images of {train.name} that are scored are those that were learned from")
         if self.test is None and test_split(self.data) is None:
             held_out = set(np.unique(_labels(scored)).tolist())
             single = [label for label in np.unique(_labels(train)).tolist() if label not in held_out]
@@ -81,7 +85,7 @@ class Task:
         """Those of some rows whose images can be read."""
         bad = np.isnan(self.embedded(source.subset(rows))[:, 0])
         if bad.any():
-            self.say(f"{int(bad.sum())} of {len(rows)} images of {source.name} cannot be read and are left out")
+            self.warn(f"{int(bad.sum())} of {len(rows)} images of {source.name} cannot be read and are left out")
         kept: np.ndarray = rows[~bad]
         return kept
 
@@ -108,7 +112,7 @@ class Task:
             raise NonFiniteError(f"no image of {source.name} gives finite features: the network has diverged")
         if readable.all():
             return vectors, labels
-        self.say(f"{int((~readable).sum())} of {len(source)} images of {source.name} cannot be read and are left out")
+        self.warn(f"{int((~readable).sum())} of {len(source)} images of {source.name} cannot be read and are left out")
         return vectors[readable], labels[readable]
 
 

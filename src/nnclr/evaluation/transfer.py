@@ -55,7 +55,7 @@ def transfer(
         splits, reason = _opened(key, root, task, download)
         if splits is None:
             missing[key] = reason
-            task.say(f"{TRANSFER_SETS[key].title} is missing and skipped: {reason}")
+            task.warn(f"{TRANSFER_SETS[key].title} is missing and skipped: {reason}")
         else:
             opened.append((TRANSFER_SETS[key], splits))
     if not opened:

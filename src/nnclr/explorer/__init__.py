@@ -63,12 +63,12 @@ def explore(
             connect and there is no token, or starlette and uvicorn are not installed.
     """
     try:
-        from nnclr.explorer.server import Explorer, address_of, listen, make_server
+        from nnclr.explorer.server import Explorer, address_of, claim, listen, make_server
     except ImportError as error:
         raise InputError(f"explore needs {error.name}; pip install 'nnclr[explore]'") from None
     from nnclr.explorer.collection import open_collection
 
-    sockets = listen(host, port, token)
+    sockets = claim(host, port, token)
     try:
         collection = open_collection(embeddings, data, encoder, projection, say)
         address = address_of(host, sockets[0], token)
@@ -79,6 +79,7 @@ def explore(
             )
         server = make_server(Explorer(collection, host, token))
         with _ends_on_ctrl_c(server):
+            listen(sockets, host)
             say(f"{len(collection):,} pictures at {address}  (Ctrl-C ends)")
             if open_browser:
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

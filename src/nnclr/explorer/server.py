@@ -263,8 +263,8 @@ def selection_list(collection: Collection, rows: np.ndarray, form: str) -> str:
     return file.getvalue()
 
 
-def listen(host: str, port: int, key: str | None) -> list[socket.socket]:
-    """Sockets for the addresses of a host, before anything is computed.
+def claim(host: str, port: int, key: str | None) -> list[socket.socket]:
+    """Sockets for the addresses of a host, before anything is computed: the port is ours, and nobody can connect yet.
 
     Raises:
         InputError: if the port is taken or not allowed, the host is unknown, or other machines could connect and
@@ -302,11 +302,25 @@ def _bound(family: int, address: str, port: int) -> socket.socket:
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         opened.bind((address, port))
-        opened.listen(128)  # now, so that another process cannot; connections wait until the map is there
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # or another process could claim it as well
     except OSError:
         opened.close()
         raise
     return opened
+
+
+def listen(sockets: list[socket.socket], host: str) -> None:
+    """Let connections in on claimed sockets, now that there is something to answer with.
+
+    Raises:
+        InputError: if the system no longer allows it.
+    """
+    for opened in sockets:
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier explorer may end
+            opened.listen(128)
+        except OSError as error:
+            raise InputError(_why_not(host, opened.getsockname()[1], error)) from error
 
 
 def _why_not(host: str, port: int, error: OSError) -> str:
