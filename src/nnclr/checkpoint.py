@@ -7,6 +7,8 @@ folder without a manifest that fits does not exist for us. Nothing in it is ever
 Training waits for the copy of the state alone: `TrainState.tensors` takes it, and a `BackgroundWriter` does the rest.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json
@@ -20,13 +22,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from nnclr.errors import FolderInUseError, NoCheckpointError, NonFiniteError, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # here and below: what only reads manifests does without torch, which takes seconds
 
 FORMAT = 1
 KEEP = 2  # verified checkpoints that stay
@@ -94,6 +97,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         NonFiniteError: if a tensor holds a NaN or an infinity: a broken state is not worth keeping.
         StorageError: if the folder cannot be written; older checkpoints stay as they are.
     """
+    from safetensors.torch import save_file
+
     if name := _not_finite(tensors):
         raise NonFiniteError(f"{name} is not finite at step {step}: no checkpoint of it is written")
     final = folder / f"step-{step:08d}"
@@ -108,7 +113,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         temporary.mkdir()
         # Made contiguous here, in the background, and not when the snapshot is taken.
         plain = {name: value.contiguous() for name, value in tensors.items()}
-        safetensors.torch.save_file(plain, temporary / _TENSORS)
+        save_file(plain, temporary / _TENSORS)
         (temporary / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         shutil.copymode(temporary / _STATE, temporary / _TENSORS)  # safetensors lets the owner alone read
         files = {name: _fingerprint(temporary / name) for name in (_TENSORS, _STATE)}
@@ -163,6 +168,8 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         NoCheckpointError: if there are checkpoints but none passes, or one is from a newer version of this package.
     """
+    from safetensors.torch import load_file
+
     skipped: list[str] = []
     for path in committed(folder):
         reason = problem(path)
@@ -173,7 +180,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             )
         if reason is None:
             try:
-                tensors, state = safetensors.torch.load_file(path / _TENSORS), json.loads((path / _STATE).read_text())
+                tensors, state = load_file(path / _TENSORS), json.loads((path / _STATE).read_text())
                 name = _not_finite(tensors)
                 if name is None:
                     return Checkpoint(path, state["step"], tensors, state), skipped

@@ -106,7 +106,8 @@ class Recorder:
         source, objective, say = self.source, self.state.objective, self.reporter.say
         classes = "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
         classes = f", no labels: {source.unlabelled}" if source.unlabelled else classes
-        left_out = "".join(f", {count} x {reason} left out" for reason, count in source.skipped.items())
+        first = {reason: f" ({', '.join(names)})" for reason, names in source.skipped_first.items()}
+        left_out = "".join(f", {n} x {reason} left out{first.get(reason, '')}" for reason, n in source.skipped.items())
         say(f"{source.name}: {len(source)} images{classes}{left_out}")
         heads = sum(p.numel() for p in objective.parameters())
         size = sum(p.numel() for p in self.state.backbone.parameters())
