@@ -106,6 +106,13 @@ def test_a_preset_may_be_a_file_of_ones_own(tmp_path):
         ({"backbone": 18}, "backbone=18 must be text"),
         ({"momentum": 1.0}, "momentum=1.0 must be below 1"),
         ({"crop_min_scale": 1.5}, "at most 1"),
+        ({"fsdp": True}, "fsdp=True needs optimizer=adamw: that of lars does not work"),
+        ({"fsdp": True, "optimizer": "sgd"}, "fsdp=True needs optimizer=adamw: that of sgd does not work"),
+        ({"fsdp": True, "optimizer": "adamw", "grad_cache": 8}, "fsdp=True and grad_cache exclude each other"),
+        ({"jitter_strengths": (0.4, 0.4, 0.4)}, "jitter_strengths=.* must be four numbers from 0 on"),
+        ({"jitter_strengths": (0.4, 0.4, 0.4, 0.6)}, "hue, the last at most 0.5"),
+        ({"jitter_strengths": (0.4, -0.1, 0.4, 0.1)}, "jitter_strengths=.* must be four numbers from 0 on"),
+        ({"sync_bn_group": 0}, "sync_bn_group=0 must be a finite number at least 1"),
         ({"seed": -1}, "seed=-1 must be a finite number at least 0"),
     ],
 )
@@ -175,6 +182,10 @@ def test_ranges_of_an_augmentation_are_fields():
     for view in views:
         assert (view.crop_ratio, view.blur_sigma, view.solarize_threshold) == ((0.5, 2.0), (0.1, 3.0), 0.7)
     assert views[2].crop_scale == (0.1, 0.3)
+    jittered = make_views(make_config("data", "out", jitter_strengths=(0.1, 0.2, 0.3, 0.05)))
+    for view in jittered:
+        assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.1, 0.2, 0.3, 0.05)
+    assert make_views(make_config("data", "out"))[0].saturation == 0.2  # else the policy's
     assert make_views(make_config("data", "out"))[0].crop_ratio == (3 / 4, 4 / 3)
 
 

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import nnclr
-from nnclr import distributed
+from nnclr import distributed, training
+from nnclr.config import make_config
 from nnclr.errors import InputError
 from nnclr.models.blocks import repeated_blocks
 from nnclr.models.ema import update_average
@@ -97,8 +98,15 @@ def worker(number, folder):
         distributed.part_like(like, torch.zeros(53, *like.shape[1:]))
     except ValueError as error:
         report["refused"] = str(error)
+    report["bf16"], report["kept"] = under_autocast(number)
     scalar = nn.Sequential(nn.Linear(2, 2))
     scalar.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    tied = network()
+    tied.blocks[1].attn.proj.weight = tied.blocks[0].attn.proj.weight
+    try:
+        training.share_out(tied, make_config("data", "out", fsdp=True, optimizer="adamw", image_size=8, device="cpu"))
+    except InputError as error:
+        report["tied"] = str(error)
     try:
         distributed.shard(scalar, [])
     except InputError as error:
@@ -122,6 +130,25 @@ def worker(number, folder):
     report["distinct"] = metrics["distinct_neighbours"].item()
     torch.save(report, f"{folder}/{number}.pt")
     dist.destroy_process_group()
+
+
+def under_autocast(number):
+    """Features by bf16, of the whole network and shared out; and bytes of bf16 weights that wait for the backward."""
+    made, kept = [network() for _ in range(3)], {}
+    features = {}
+    for name, dtype, module in zip(("whole", "own", "bf16"), (None, None, torch.bfloat16), made, strict=True):
+        if name != "whole":
+            distributed.shard(module, repeated_blocks(module), dtype)
+        saved = []
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t),
+        ):
+            features[name] = module(views(5, number)[0])
+        weights = [t for t in saved if t.dtype == torch.bfloat16 and sorted(t.shape) == [18, 72]]
+        kept[name] = sum(t.untyped_storage().nbytes() for t in weights)
+        features[name].float().square().sum().backward()
+    return {name: value.detach().float() for name, value in features.items()}, kept
 
 
 def parameters_of(optimizer):
@@ -172,6 +199,16 @@ def test_each_rank_holds_its_part_alone(reports):
         assert report["cut again"]
         assert "a tensor of shape (53" in report["refused"]
         assert report["scalar"].startswith("fsdp=True cannot share out this backbone: ")
+        assert report["tied"].startswith("fsdp=True cannot share out this backbone: ")
+
+
+def test_under_autocast_no_copies_of_whole_weights_wait_for_the_backward(reports):
+    for report in reports:
+        whole, own, ours = (report["bf16"][name] for name in ("whole", "own", "bf16"))
+        assert (own - whole).norm() <= 1e-2 * whole.norm()
+        assert (ours - whole).norm() <= 2e-2 * whole.norm()
+        assert report["kept"]["bf16"] == 0
+        assert report["kept"]["own"] >= 2 * 3 * 2 * 18 * 72  # the control: both layers of each block's network
 
 
 def test_groups_of_batch_norms_are_neighbours(reports):
@@ -191,6 +228,18 @@ def test_alone_nothing_is_shared_out():
     assert distributed.whole(layer.weight) is distributed.local(layer.weight) is layer.weight
     assert distributed.part_like(layer.weight, layer.bias) is layer.bias
     assert distributed.shared_batch_norm(layer, 5) is layer
+
+
+def test_settings_reach_the_networks(monkeypatch):
+    """Backbone and heads have their batch norms in groups; settings that cannot be had are refused when it is built."""
+    groups = []
+    monkeypatch.setattr(distributed, "shared_batch_norm", lambda module, group: (groups.append(group), module)[1])
+    small = {"backbone": "small-convnet", "image_size": 16, "embedding_dim": 8, "support_set_size": 8}
+    training.build(make_config("data", "out", sync_bn_group=4, **small), torch.device("cpu"))
+    assert groups == [4, 4]
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    with pytest.raises(InputError, match="recompute=True needs a backbone of repeated blocks"):
+        training.build(make_config("data", "out", recompute=True, **small), torch.device("cpu"), flat)
 
 
 def test_batch_norms_of_a_group_share_its_statistics(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import nnclr
+from nnclr.counter import step_seed
 
 JOB, EMBED = (Path(__file__).with_name(f"torchrun_{name}.py") for name in ("job", "embed"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
@@ -98,8 +99,12 @@ def alone(tmp_path_factory):
 
 def test_two_processes_train_what_one_trains(alone, tmp_path):
     """Also in parts, from a network that has other weights in each process; and a second job of the same processes."""
-    answer = torchrun(2, tmp_path / "run", 5, "grad_cache@*:5", "weights@1:7", "times@*:2")
+    answer = torchrun(2, tmp_path / "run", 5, "grad_cache@*:5", "weights@1:7", "times@*:2", "tell_seed@*:7")
     assert answer.returncode == 0, answer.stderr
+    for rank in range(2):  # of dropout: each rank has masks of its own
+        assert f"seed {rank} {step_seed(0, 6, rank)}\n" in answer.stdout
+        assert f"calls {rank} []" in answer.stdout
+    assert step_seed(0, 6, 0) != step_seed(0, 6, 1) != step_seed(0, 7, 1)
     assert answer.stdout.count("finished: ") == 2  # rank 0 alone speaks
     assert answer.stdout.count("it is finished") == 1
     assert_same_training(alone, tmp_path / "run")
@@ -129,9 +134,12 @@ def test_a_transformer_that_is_shared_out_trains_as_a_whole_one(tmp_path):
     assert answer.returncode == 0, answer.stderr
     answer = torchrun(3, ours, 4, "transformer@*:", "fsdp@*:1", "recompute@*:1", "weights@1:7", "terminate@2:27")
     assert "exitcode  : 80" in answer.stderr, answer.stderr
-    answer = torchrun(2, ours, 4, "transformer@*:", "fsdp@*:1")
+    answer = torchrun(2, ours, 4, "transformer@*:", "fsdp@*:1", "recompute@*:1")
     assert answer.returncode == 0, answer.stderr
     assert "resumed" in answer.stdout
+    for rank in range(2):
+        # The network and its average; two views in each of the 12 steps that were left, and a try when it was built.
+        assert f"calls {rank} [('networks shared out', 2), ('recomputed', 25)]" in answer.stdout
     assert_same_training(alone, ours)
     one, two = (safetensors.torch.load_file(run / "encoder/model.safetensors") for run in (alone, ours))
     assert one.keys() == two.keys()
@@ -144,6 +152,13 @@ def test_launcher_restarts_a_job_that_lost_a_process(alone, tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert "at step 10 of 50" in answer.stdout
     assert_same_training(alone, tmp_path / "run")
+
+
+def test_a_signal_while_a_finished_job_leaves_is_no_failure(tmp_path):
+    """It comes to a rank that waits for rank 0, which still writes the report."""
+    answer = torchrun(2, tmp_path / "run", 1, "terminate_late@1:10", "slow_report@0:4")
+    assert answer.returncode == 0, answer.stderr
+    assert "finished: " in answer.stdout
 
 
 def test_ranks_that_were_started_differently(tmp_path):

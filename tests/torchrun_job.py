@@ -7,7 +7,9 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import nnclr
-from nnclr import heartbeat
+from nnclr import distributed, heartbeat, plots
+from nnclr.models import recompute
 from nnclr.models.ema import average_of
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -83,7 +86,36 @@ def spoil(objective):
     objective.factor = float("nan")
 
 
-ACTIONS = {act.__name__: act for act in (fail, freeze, kill, terminate, flip, spoil)}
+def terminate_late(objective):
+    threading.Timer(2.0, terminate, [objective]).start()
+
+
+def tell_seed(objective):
+    print("seed", RANK, torch.initial_seed(), flush=True)
+
+
+ACTIONS = {act.__name__: act for act in (fail, freeze, kill, terminate, flip, spoil, terminate_late, tell_seed)}
+
+
+def slow(seconds, run):
+    time.sleep(seconds)
+
+
+def spied(calls):
+    """Count the parts of networks that are shared out, and the blocks that are computed again."""
+    shard, forward = distributed.shard, recompute.InBlocks.forward
+
+    def sharing(module, *rest):
+        shard(module, *rest)
+        parts = [distributed.is_shared_out(p) for p in module.parameters()]
+        calls["networks shared out"] += all(parts)
+        return module
+
+    def forwarding(self, view):
+        calls["recomputed"] += torch.is_grad_enabled()
+        return forward(self, view)
+
+    distributed.shard, recompute.InBlocks.forward = sharing, forwarding
 
 
 def main(out, epochs, *faults):
@@ -105,6 +137,8 @@ def main(out, epochs, *faults):
             seed = int(value)
         elif name == "times":
             times = int(value)
+        elif name == "slow_report":
+            plots.draw_curves = functools.partial(slow, float(value))
         elif name == "transformer":
             make = transformer
             # Its updates are signs of gradients, whose rounding is all that is left of some of them: not with this eps.
@@ -112,6 +146,8 @@ def main(out, epochs, *faults):
             settings |= {"optimizer": "adamw", "learning_rate": 0.001, "clip_grad_norm": 0.5, "ema_momentum": 0.9}
         else:
             settings[name] = bool(value) if name in ("shard_support_set", "fsdp", "recompute") else int(value)
+    calls = Counter()
+    spied(calls)
     torch.manual_seed(seed)
     network = make()
     for _ in range(times):
@@ -120,6 +156,7 @@ def main(out, epochs, *faults):
             image_size=16, embedding_dim=16, precision="fp32", warmup_epochs=0.5,
             evaluate_every_epochs=2.0, log_every_steps=5, checkpoint_every_steps=10, **settings,
         )  # fmt: skip
+    print("calls", RANK, sorted(calls.items()), flush=True)
 
 
 if __name__ == "__main__":

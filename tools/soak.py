@@ -121,11 +121,11 @@ class Job:
     def wait(self, seconds: float) -> bool:
         """Whether all processes ended within that time."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            if all(process.poll() is not None for process in self.processes):
-                return True
+        while any(process.poll() is None for process in self.processes):
+            if time.monotonic() >= until:
+                return False
             time.sleep(0.02)
-        return False
+        return True
 
     def codes(self) -> list[int | None]:
         """Exit codes, None of a process that runs."""

@@ -178,7 +178,7 @@ def mistake(options: Sequence[Option], words: Sequence[str], verb: str) -> str |
             values.append(rest.popleft())
         if not values and not option.several:
             return f"{name} lacks its value"
-        if option.count is not None and len(values) != option.count and values != ["None"]:
+        if option.count is not None and len(values) != option.count:
             return f"{name} takes {option.count} values, not {len(values)}"
         if refusal := option.refusal(values):
             return f"{name} {refusal}"

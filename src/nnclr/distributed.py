@@ -301,7 +301,7 @@ def rank_group(size: int | None) -> Any:
 # ---- a network of which each rank holds a share: its parameters are DTensors -------------------------------
 
 
-def shard(module: M, blocks: Iterable[nn.Module]) -> M:
+def shard(module: M, blocks: Iterable[nn.Module], dtype: torch.dtype | None = None) -> M:
     """Share out a network over all ranks (FSDP2), in place: each keeps a part of every parameter, cut along its rows.
 
     A block's parameters are gathered while it computes; gradients are averaged over ranks, as in `replicate`, and each
@@ -310,20 +310,23 @@ def shard(module: M, blocks: Iterable[nn.Module]) -> M:
     Args:
         module: the same on every rank.
         blocks: parts of it that are gathered one after the other; what is in none of them is gathered together.
+        dtype: that weights are gathered and computed with; their own if None. Under autocast it must be autocast's: the
+            copies that autocast would make of whole weights would stay until the backward.
 
     Raises:
         InputError: if it has parameters that cannot be cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # It warns that features must not be changed in place; nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(_device().type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
     try:
         parts: list[nn.Module] = [*blocks, module]
         for part in parts:
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     except (ValueError, NotImplementedError) as error:
         raise told(InputError(f"fsdp=True cannot share out this backbone: {errors.first_line(error)}")) from error
     return module
@@ -358,12 +361,10 @@ def part_like(like: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     if like.shape != tensor.shape:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} where {tuple(like.shape)} is needed")
-    parts, mine = tensor.chunk(world_size()), local(like)
-    own = parts[rank()] if rank() < len(parts) else tensor[:0]
-    own = own.to(mine.device, copy=True, memory_format=torch.contiguous_format)
-    how = cast(Any, like)
-    shape, stride = like.shape, like.stride()
-    return cast(Tensor, _d_tensor().from_local(own, how.device_mesh, how.placements, shape=shape, stride=stride))
+    own = [*tensor.chunk(world_size()), *[tensor[:0]] * world_size()][rank()]
+    own = own.to(local(like).device, copy=True, memory_format=torch.contiguous_format)
+    how, form = cast(Any, like), {"shape": like.shape, "stride": like.stride()}
+    return cast(Tensor, _d_tensor().from_local(own, how.device_mesh, how.placements, **form))
 
 
 def _d_tensor() -> Any:

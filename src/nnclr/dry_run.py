@@ -62,6 +62,9 @@ def dry_run(
         f"memory    about {needed / 2**30:.1f} GiB ({fixed / 2**30:.1f} fixed, "
         f"{activations / 2**20:.1f} MiB an image), {free / 2**30:.1f} GiB free",
     ]
+    if config.fsdp:
+        divided = fixed_memory(state, heads=False)
+        lines[-1] += f"; under torchrun --fsdp divides {divided / 2**30:.1f} of the fixed among the processes"
     yield "\n".join(lines)
     tried = batch
     if needed > 0.9 * free:
@@ -79,12 +82,11 @@ def dry_run(
         return
     at, estimate = ("", "") if tried == batch else (f" at batch {tried}", f"; an estimate from batch {tried}")
     if tried < batch:
-        ways = []
-        if recomputed is not None and not config.recompute and fixed + kept * recomputed <= 0.9 * free:
-            ways.append(f"--recompute ({(fixed + kept * recomputed) / 2**30:.1f} GiB)")
-        parts = 0 if config.grad_cache else fitting_parts(batch, 0.9 * free - fixed - views, activations)
-        if parts:
-            ways.append(f"--grad-cache {parts}")
+        with_recompute = float("inf") if recomputed is None or config.recompute else fixed + kept * recomputed
+        recompute = with_recompute <= 0.9 * free and f"--recompute ({with_recompute / 2**30:.1f} GiB)"
+        parts = fitting_parts(batch, 0.9 * free - fixed - views, activations)
+        parts = 0 if config.grad_cache or config.fsdp else parts
+        ways = [way for way in (recompute, parts and f"--grad-cache {parts}") if way]
         same = f"{' or '.join(ways)} for the same loss in less memory, " if ways else ""
         yield f"batch {batch} may not fit into this memory; use {same}a smaller --batch-size or another --device"
     yield f"two steps losses {losses[0]:.3f} and {losses[1]:.3f}, {rate:.0f} images/s{at}"
@@ -131,9 +133,10 @@ def fitting_parts(batch: int, budget: float, activations: float) -> int:
     return parts if activations <= budget else 0
 
 
-def fixed_memory(state: TrainState) -> int:
+def fixed_memory(state: TrainState, heads: bool = True) -> int:
     """Bytes of weights, buffers and averages, and of gradients and at most two moments of the optimiser."""
-    modules = [module for module in (state.backbone, state.objective, state.average) if module is not None]
+    networks = (state.backbone, state.objective if heads else None, state.average)
+    modules = [module for module in networks if module is not None]
     held: int = sum(t.nbytes for module in modules for t in module.state_dict().values())
     trained: int = sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
     return held + 3 * trained

@@ -41,6 +41,10 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def over(self) -> None:
+        """There is nothing left to stop, so that nothing is said any more of a signal."""
+        self._doing = ""
+
     def _take_note(self) -> None:
         self._note()
         self._noted = True

@@ -210,7 +210,8 @@ class Recorder:
             "notes": copy.deepcopy(state.notes),
         }
         step, tensors, keep = state.step, state.tensors() | shards, self.resumed_from
-        encoder = self._encoder(frozen_copy(state.undivided or state.backbone, tensors, "backbone."))
+        form = state.backbone if state.undivided is None else state.undivided
+        encoder = self._encoder(frozen_copy(form, tensors, "backbone."))
 
         def write() -> None:
             try:

@@ -191,7 +191,8 @@ def norms_of(tensors: list[Tensor]) -> Tensor:
     if not any(shared):
         return of_parts
     squares = distributed.gather(of_parts.double().square()[None]).sum(0)  # in float64: a float32 may overflow
-    return torch.where(torch.tensor(shared, device=squares.device), squares.sqrt().to(of_parts.dtype), of_parts)
+    both = zip(shared, squares.sqrt().to(of_parts.dtype).unbind(), of_parts.unbind(), strict=True)
+    return torch.stack([over_ranks if cut else own for cut, over_ranks, own in both])
 
 
 def _plain(value: float) -> float | str:

@@ -27,7 +27,7 @@ from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.blocks import repeated_blocks
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
-from nnclr.models.recompute import in_little_memory
+from nnclr.models.recompute import check_recompute, in_little_memory
 from nnclr.objectives import OBJECTIVES, Objective, find_objective
 from nnclr.optim import clip, create_optimizer, guarded_step, learning_rate
 from nnclr.recorder import Recorder
@@ -110,7 +110,8 @@ def train(
 ) -> Run:
     """The loop, on every rank. One step: batch, features, objective, backward, optimiser, update of the support set."""
     config = resolve(config, source)
-    with distributed.process_group(config.device), ExitStack() as stack:
+    # Signals are answered until the job has left: a request that comes then must not make a failure of a finished run.
+    with ExitStack() as answers, distributed.process_group(config.device), ExitStack() as stack:
         check_ranks(config, source)
         run, device, plan = Path(config.out), torch.device(config.device), make_plan(config, len(source))
         distributed.from_main(lambda: check_existing(run, config, source))
@@ -119,7 +120,9 @@ def train(
         state = build(config, device, module, source.labels)
         objective, optimizer, average = state.objective, state.optimizer, state.average
         little = partial(in_little_memory, images=config.grad_cache, recompute=config.recompute)
-        backbone = little(state.backbone) if state.undivided else distributed.replicate(little(state.backbone))
+        backbone = little(state.backbone)
+        if state.undivided is None:
+            backbone = distributed.replicate(backbone)
         averaged = None if average is None else little(average)
         contrast = distributed.replicate(objective)
         base_momentum = objective.momentum
@@ -130,7 +133,7 @@ def train(
         loader = create_loader(source, plan, device, config.num_workers or 0)
         restored = restore(run, state, config, source)
         distributed.barrier()  # some may have read their images faster
-        check, undo, stop = StepCheck(run, state, device), Undo(state), stack.enter_context(stop_request(run))
+        check, undo, stop = StepCheck(run, state, device), Undo(state), answers.enter_context(stop_request(run))
         distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, stack))
         recorder = create_recorder(run, config, source, knn, state, loader, plan, total, quiet)
         try:
@@ -188,6 +191,7 @@ def train(
                     )
                 )
             recorder.finish()
+            stop.over()
         except OSError as error:  # images that cannot be read never come here
             raise StorageError(f"{run} cannot be written: {error}; make room and run the same command again") from error
         finally:
@@ -339,6 +343,8 @@ def build(
     sizes = {view.size for view in make_views(config)} | {config.image_size}
     backbone = create_backbone(config.backbone, config.image_size, len(sizes) > 1) if module is None else module
     width = max(feature_dim(backbone, size) for size in sizes)
+    if config.recompute:
+        check_recompute(backbone, config.image_size)
     kind = find_objective(config.objective)
     settings = {name: getattr(config, name) for name in kind.settings if name != "labels"}
     if "labels" in kind.settings:
@@ -357,12 +363,27 @@ def build(
     if shared_out:
         undivided = frozen_copy(backbone, {}, "")
         for network in [backbone] if average is None else [backbone, average]:
-            network.to(memory_format=torch.contiguous_format)  # the parts are cut from contiguous memory
-            distributed.shard(network, repeated_blocks(network))
+            share_out(network, config)
     optimizer = create_optimizer(
         config.optimizer, (backbone, objective), weight_decay=config.weight_decay, momentum=config.momentum
     )
     return TrainState(backbone, objective, optimizer, average, undivided)
+
+
+def share_out(network: nn.Module, config: Config) -> None:
+    """Leave this rank its part of a network, and try that it computes.
+
+    Raises:
+        InputError: if it cannot be shared out, such as one with tied weights.
+    """
+    network.to(memory_format=torch.contiguous_format)  # the parts are cut from contiguous memory
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    distributed.shard(network, repeated_blocks(network), dtype)
+    try:
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=dtype is not None):
+            feature_dim(network, config.image_size)
+    except InputError as error:
+        raise InputError(f"fsdp=True cannot share out this backbone: {error}") from error
 
 
 def claim(run: Path, stack: ExitStack) -> None:

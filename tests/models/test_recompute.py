@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nnclr.errors import InputError
-from nnclr.models.recompute import InBlocks, InParts, in_little_memory
+from nnclr.models.recompute import InBlocks, InParts, check_recompute, in_little_memory
 from tests.objectives.test_methods import METHODS, linear_heads
 
 N, WIDTH = 12, 6
@@ -171,7 +171,44 @@ def test_backbones_whose_blocks_cannot_be_computed_again_are_refused():
         InBlocks(backbone())
     with pytest.raises(InputError, match="Residual changes its input in place; use grad_cache"):
         InBlocks(network := residual(in_place=True))(torch.randn(2, 3, 9, 9))
+    with pytest.raises(InputError, match="Residual changes its input in place"):  # before anything is written
+        check_recompute(network, 9)
+    assert network.training
+    before = copy.deepcopy(sound := residual()).state_dict()
+    check_recompute(sound, 9)
+    assert all(torch.equal(value, before[name]) for name, value in sound.state_dict().items())
     assert not any("forward" in vars(module) for module in network.modules())
+
+
+class Counting(Residual):
+    """Moves a buffer of its own that its output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(), 0.5)
+        return super().forward(x) - self.mean.clone() * x
+
+
+def test_any_buffer_moves_once_and_a_forward_of_a_blocks_own_stays():
+    network = nn.Sequential(nn.Conv2d(3, WIDTH, 3, 2), nn.Sequential(Counting(), Counting()), nn.Flatten())
+    first = network[1][0]
+    first.forward = own = lambda x: type(first).forward(first, 2 * x)
+    other = nn.Sequential(nn.Conv2d(3, WIDTH, 3, 2), nn.Sequential(Counting(), Counting()), nn.Flatten())
+    other.load_state_dict(network.state_dict())
+    second = other[1][0]
+    second.forward = lambda x: type(second).forward(second, 2 * x)
+    for _ in range(2):
+        network.zero_grad()
+        other.zero_grad()
+        ours, same = step(network, InBlocks(network))
+        expected, features = step(other, other)
+        assert all(torch.equal(one, two) for one, two in zip([*ours, *same], [*expected, *features], strict=True))
+        assert all(torch.equal(one, two) for one, two in zip(network.buffers(), other.buffers(), strict=True))
+        assert first.forward is own
 
 
 def test_nothing_asked_for_is_the_backbone_itself():

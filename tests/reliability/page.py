@@ -22,7 +22,8 @@ ran on a GPU or cut the power; what is on the disk then rests on `fsync` of the 
 without atomic rename are out of scope.
 
 `make reliability` runs the tests and writes this page; [exit codes](exit-codes.md) are a page of their own, and so is
-the report of a [soak](results/soak.md): random faults at random times.
+the report of a [soak](results/soak.md): random faults at random times. The one fault that it marks is a signal to a run
+that was finished (step 600 of 600, code 0): its judge then took a next start with nothing to do for one that hangs.
 """
 
 

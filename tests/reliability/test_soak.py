@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,3 +103,19 @@ def test_ends(run, tmp_path_factory):
     page = soak.report(judge, 60.0, 0)
     assert "1 of 3 without damaged images" in page.replace("\n", " ")
     assert "Run 3: ended with [1]" in page
+
+
+@pytest.mark.parametrize(("lasting", "wrong"), [("pass", []), ("import time; time.sleep(60)", ["no step within"])])
+def test_a_next_start_that_has_nothing_to_do_is_none_that_hangs(run, lasting, wrong):
+    """The wait of no seconds sees a process that is over."""
+    process = subprocess.Popen([sys.executable, "-c", lasting])
+    try:
+        job = object.__new__(soak.Job)
+        job.run, job.processes, job.said = run, [process], lambda: ""
+        assert job.wait(20 if not wrong else 0.5) == (not wrong)
+        found = event("SIGUSR1", codes=[0])
+        soak.judge_later(found, job)
+        assert [text[:14] for text in found.wrong] == wrong
+    finally:
+        process.kill()
+        process.wait()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from nnclr.errors import InputError
@@ -42,7 +41,7 @@ class InParts(nn.Module):
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Around the first computation, and around the second one."""
-        return nullcontext(), unmoved_statistics(self.backbone)
+        return nullcontext(), buffers_as_now(self.backbone)
 
 
 class InBlocks(nn.Module):
@@ -78,17 +77,26 @@ class InBlocks(nn.Module):
             return self.backbone(view)  # type: ignore[no-any-return]
         finally:
             for block in self._blocks:
-                vars(block).pop("forward", None)
+                wrapped = vars(block).get("forward")
+                if isinstance(wrapped, _Recomputed):
+                    wrapped.put_back()
 
 
 class _Recomputed:
     """The forward of a block, which keeps its arguments alone."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.block, self.forward = block, block.forward
+        self.block, self.forward, self._own = block, block.forward, "forward" in vars(block)
+
+    def put_back(self) -> None:
+        """Give the block its forward again, of its class or its own."""
+        if self._own:
+            self.block.forward = self.forward
+        else:
+            del self.block.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = [(value, value._version) for value in args if isinstance(value, Tensor)]
+        before = [(value, value._version) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         out = checkpoint(self.forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
         if any(value._version != version for value, version in before):
             raise InputError(
@@ -98,19 +106,46 @@ class _Recomputed:
         return out
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), unmoved_statistics(self.block)
+        return nullcontext(), buffers_as_now(self.block)
+
+
+def buffers_as_now(module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which the buffers, such as the running statistics of batch norms, are what they are now.
+
+    Whatever passes through in it, at its end they are again what they were at its beginning.
+    """
+    return _buffers_as(list(module.buffers()), [buffer.clone() for buffer in module.buffers()])
 
 
 @contextmanager
-def unmoved_statistics(module: nn.Module) -> Iterator[None]:
-    """Leave the running statistics of batch norms as they are, whatever passes through."""
-    buffers = [buffer for norm in module.modules() if isinstance(norm, _NormBase) for buffer in norm.buffers()]
+def _buffers_as(buffers: list[Tensor], then: list[Tensor]) -> Iterator[None]:
     before = [buffer.clone() for buffer in buffers]
+    _set(buffers, then)
     try:
         yield
     finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.data.copy_(value)  # not seen by autograd, which has saved the buffer and does not use it
+        _set(buffers, before)
+
+
+def _set(buffers: list[Tensor], values: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.data.copy_(value)  # not seen by autograd, which has saved the buffer and does not use it
+
+
+def check_recompute(backbone: nn.Module, size: int) -> None:
+    """Try a forward with `recompute`, in evaluation mode, so that nothing is changed.
+
+    Raises:
+        InputError: if the backbone has no repeated blocks, or one of them changes its input in place.
+    """
+    parameter, was_training = next(backbone.parameters()), backbone.training
+    wrapped = InBlocks(backbone)
+    backbone.eval()
+    try:
+        with torch.enable_grad():
+            wrapped(torch.zeros(1, 3, size, size, device=parameter.device))
+    finally:
+        backbone.train(was_training)
 
 
 def in_little_memory(backbone: nn.Module, images: int | None, recompute: bool) -> nn.Module:
