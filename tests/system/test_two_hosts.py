@@ -84,10 +84,12 @@ def test_a_lost_machine_comes_back_and_the_job_ends_as_if_nothing_had_happened(h
 
     first, second = (start(host, disturbed, log) for host, log in zip(hosts, logs, strict=True))
     until = time.monotonic() + 60
-    while max(logged_steps(disturbed), default=0) < 60 and time.monotonic() < until:
+    # Between checkpoints, after which the processes wait for each other without a connection, and would miss a lost one
+    # after 30 seconds only: by then the machine is back and the launcher has ended them.
+    while max(logged_steps(disturbed), default=0) < 75 and time.monotonic() < until:
         time.sleep(0.02)
     killed_at = max(logged_steps(disturbed))
-    assert 60 <= killed_at < 10 * EPOCHS  # control: it was not over yet
+    assert 75 <= killed_at < 10 * EPOCHS  # control: it was not over yet
     kill(hosts[1])
     second.wait(10)
     time.sleep(3)  # the machine boots
