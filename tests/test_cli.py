@@ -58,7 +58,7 @@ def fails(capsys, tmp_path, code, words, *arguments):
         ("no images found .* it is empty", ["empty"]),
         (r"no images found .* it holds 2 \.heic", ["others"]),
         ("no backbone is called 'resnet81'; did you mean .*resnet18", ["photos", "--backbone", "resnet81"]),
-        ("batch_size=64 is larger than the data: .* holds 40 images", ["photos", "--batch-size", "64"]),
+        ("batch_size=64 is larger than the data: .* holds 40 images; .* such as 32", ["photos", "--batch-size", "64"]),
         ("temperature=-1.0 must be a finite number above 0", ["photos", "--temperature", "-1"]),
         ("no preset is called 'dem'; did you mean demo", ["photos", "--preset", "dem"]),
         ("cannot take 16 x 16|cannot take", ["photos", "--backbone", "timm/vit_tiny_patch16_224", "--image-size", "9"]),
@@ -122,6 +122,20 @@ def test_test_images_of_other_classes_are_refused_before_anything_is_written(cap
         Image.new("RGB", (20, 20)).save(others / name / "1.png")
     said = "has classes that .*photos lacks, for example 'birds'"
     fails(capsys, tmp_path, 2, said, "pretrain", photos, "--out", tmp_path / "run", "--test-data", others, *FLAGS)
+
+
+def test_the_word_of_data_is_named(capsys, tmp_path, photos):
+    fails(capsys, tmp_path, 2, "nnclr data must be followed by the word check, not by", "data", photos)
+    fails(capsys, tmp_path, 2, "must be followed by the word check, not by chekc", "data", "chekc", photos)
+
+
+def test_names_that_the_output_cannot_hold_are_escaped(tmp_path, photos):
+    (photos / "cats").rename(photos / "cats \N{CAT FACE}")
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "nnclr", "info", str(photos)]
+    answer = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert rb"cats \U0001f431: 20" in answer.stdout
 
 
 def test_unknown_command_and_flag(capsys, tmp_path):

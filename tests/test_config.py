@@ -127,6 +127,9 @@ def test_differences_leave_out_what_may_change():
     assert differences(one, two) == []
     three = dataclasses.replace(one, temperature=0.2, seed=1)
     assert differences(one, three) == ["temperature: 0.1 there, 0.2 now", "seed: 0 there, 1 now"]
+    four, five = (dataclasses.replace(one, temperature=value) for value in (0.1 + 0.2, 0.3))
+    assert differences(one, four) == ["temperature: 0.1 there, 0.3 now"]
+    assert differences(four, five) == ["temperature: 0.30000000000000004 there, 0.3 now"]
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,12 @@ def test_the_words_are_those_of_the_files(real):
         ({}, [result(0, 0.3), result(100, 0.6)], "It learned. kNN accuracy is above that of the untrained network"),
         ({}, [result(0, 0.3), result(100, 0.31)], "It is not clear yet."),
         ({}, [result(0, 0.3), result(100, 0.29)], "No sign of learning. kNN accuracy is not above"),
+        (
+            {},
+            [result(0, 1.0, interval=[0.8, 1.0]), result(100, 1.0, interval=[0.8, 1.0])],
+            "It cannot be told. The untrained network has 100.0 % already, of 100 images: too few or too easy",
+        ),
+        ({}, [result(0, 1.0), result(100, 0.9, interval=[0.85, 0.95])], "No sign of learning."),
         ({}, [], "It learned. The loss is well below its chance level"),
         ({"loss": 4.59}, [], "No sign of learning. The loss is not clearly below its chance level."),
         ({"loss_chance": None}, [], "It cannot be told."),
@@ -313,6 +319,8 @@ def test_baselines_stand_beside_what_was_measured_the_same_way(made_up):
     )
     assert rows == [("", ""), ("baseline", "pixels"), ("baseline", "other-k"), ("baseline", "other-images")]
     assert text.count("every parameter") == 4
+    write_lines(made_up / "baselines.jsonl", [result(None, 0.6, encoder_name="pixels")])
+    assert said(written(made_up))["Baseline"] == "60.0 % by pixels, the same way: as much as the trained encoder."
 
 
 # ---- one safe file -----------------------------------------------------------------------------------------

@@ -180,6 +180,8 @@ def mistake(options: Sequence[Option], words: Sequence[str], verb: str) -> str |
             return f"{name} lacks its value"
         if option.count is not None and len(values) != option.count:
             return f"{name} takes {option.count} values, not {len(values)}"
+        if option.positional and len(option.choices) == 1 and values[0] not in option.choices:
+            return f"nnclr {verb} must be followed by the word {option.choices[0]}, not by {values[0]}"
         if refusal := option.refusal(values):
             return f"{name} {refusal}"
     return f"nnclr {verb} needs {' and '.join(option.names[0] for option in missing)}" if missing else None

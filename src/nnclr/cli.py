@@ -1,6 +1,7 @@
 """The `nnclr` command: one thin function a verb."""
 
 import difflib
+import io
 import json
 import os
 import shutil
@@ -40,6 +41,9 @@ _LATE = 2.0  # seconds
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit codes are listed in docs/exit-codes.md."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may have letters that a terminal or pipe lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

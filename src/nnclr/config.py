@@ -406,7 +406,13 @@ def from_toml(text: bytes, where: str) -> Config:
 def differences(old: Config, new: Config) -> list[str]:
     """One line for each field that differs and that a resumed run must not change."""
     return [
-        f"{field.name}: {getattr(old, field.name)!r} there, {getattr(new, field.name)!r} now"
+        "{}: {} there, {} now".format(field.name, *_short(getattr(old, field.name), getattr(new, field.name)))
         for field in dataclasses.fields(Config)
         if field.name not in RESUME_MAY_CHANGE and getattr(old, field.name) != getattr(new, field.name)
     ]
+
+
+def _short(old: Any, new: Any) -> tuple[str, str]:
+    """Two values as they were written, 0.3 and not 0.30000000000000004, if that tells them apart."""
+    one, two = (repr(float(f"{value:.10g}") if isinstance(value, float) else value) for value in (old, new))
+    return (one, two) if one != two else (repr(old), repr(new))

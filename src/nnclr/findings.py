@@ -201,6 +201,10 @@ def judge(record: Record) -> Finding:
         if last["value"] > first["value"]:
             text = f"kNN accuracy is above that of {before}, but by less than its uncertainty."
             return Finding("It is not clear yet", text, "missing")
+        if last["interval"] and last["interval"][1] >= 1 and first["value"] >= last["interval"][0]:
+            number = last.get("n_test", "the")
+            text = f"{before} has {percent(first['value'])} already, of {number} images: too few or too easy to tell"
+            return Finding("It cannot be told", f"{text[0].upper()}{text[1:]} by kNN accuracy.", "missing")
         return _no_sign(record, f"kNN accuracy is not above that of {before}")
     loss, chance = record.series("loss"), record.series("loss_chance")
     if not loss or not chance:
@@ -366,11 +370,13 @@ def _knn(record: Record) -> Iterator[Finding]:
         text += f" It was best at step {best['step']:,}: {percent(best['value'])}."
     yield Finding("kNN accuracy", text, tone)
     for line in same_measure(last, record.baselines):
-        beaten = line["value"] < last["value"]
         text = f"{percent(line['value'])} by {line.get('encoder_name', 'an unnamed encoder')}, the same way"
-        yield Finding(
-            "Baseline", text + ("." if beaten else ": more than the trained encoder."), "plain" if beaten else "bad"
-        )
+        if line["value"] < last["value"]:
+            yield Finding("Baseline", f"{text}.", "plain")
+        elif line["value"] == last["value"]:
+            yield Finding("Baseline", f"{text}: as much as the trained encoder.", "plain")
+        else:
+            yield Finding("Baseline", f"{text}: more than the trained encoder.", "bad")
 
 
 def same_measure(line: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,8 @@ def train(
         distributed.from_main(lambda: check_existing(run, config, source))
         total = round((config.epochs + config.extend_epochs) * plan.steps_per_epoch)
         knn = OnlineKNN.create(source, test, config.knn_k, config.knn_temperature, config.seed, config.num_workers or 0)
+        if config.fsdp and plan.ranks == 1 and not quiet:
+            warnings.warn("fsdp=True shares nothing out in one process; start several by torchrun", stacklevel=2)
         state = build(config, device, module, source.labels)
         objective, optimizer, average = state.objective, state.optimizer, state.average
         little = partial(in_little_memory, images=config.grad_cache, recompute=config.recompute)
@@ -211,7 +214,7 @@ def resolve(config: Config, source: Source) -> Config:
     if config.batch_size > len(source):
         raise InputError(
             f"batch_size={config.batch_size} is larger than the data: {source.name} holds {len(source)} "
-            f"images; use a smaller --batch-size"
+            f"images; use a smaller --batch-size, such as {2 ** (len(source).bit_length() - 1)}"
         )
     tracking.require(config.log_to)
     kind = find_objective(config.objective)

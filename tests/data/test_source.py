@@ -77,9 +77,15 @@ def test_what_is_no_image_is_left_out_and_named(tmp_path):
     write(tmp_path / "good.png")
     source = open_source(tmp_path)
     assert len(source) == 1
-    assert source.skipped == {"not a regular file": 1}
-    assert source.skipped_first == {"not a regular file": ("pipe.jpg",)}
-    assert open_source([tmp_path, tmp_path]).skipped_first == {"not a regular file": ("0/pipe.jpg", "1/pipe.jpg")}
+    # Of the rest pictures alone are named: beside images they would be missed without a word.
+    heic = "unread .heic file"
+    assert source.skipped == {"not a regular file": 1, heic: 2}
+    assert source.skipped_first == {"not a regular file": ("pipe.jpg",), heic: ("a.heic", "b.HEIC")}
+    twice = open_source([tmp_path, tmp_path]).skipped_first
+    assert twice == {
+        "not a regular file": ("0/pipe.jpg", "1/pipe.jpg"),
+        heic: ("0/a.heic", "0/b.HEIC", "1/a.heic"),
+    }
 
 
 def test_links(tmp_path):

@@ -15,8 +15,14 @@ from nnclr.data.decode import BadImage, decode, read_file
 from nnclr.data.images import Source, printable
 from nnclr.errors import InputError
 
+_UNREAD = "unread "
 _NAMED = 3  # files that are left out, for each reason
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+# Pictures as cameras and programs save them, which somebody would miss without a word.
+NOT_READ = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"}
+)
 
 
 @dataclass
@@ -159,6 +165,8 @@ def _take(scan: _Scan, entry: "os.DirEntry[bytes]", relative: bytes, real_root: 
     extension = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()
     if extension not in EXTENSIONS:
         scan.others[extension or "without extension"] += 1
+        if extension in NOT_READ:
+            scan.leave_out(relative, f"{_UNREAD}{extension} file")
     elif not stat.S_ISREG(status.st_mode):
         scan.leave_out(relative, "not a regular file")
     else:
@@ -185,6 +193,7 @@ def _loose(paths: list[bytes]) -> str:
 
 def _nothing_found(name: str, others: Counter[str], skipped: Counter[str], named: dict[str, tuple[str, ...]]) -> str:
     found = [f"{count} {extension}" for extension, count in others.most_common(4)]
+    skipped = Counter({reason: count for reason, count in skipped.items() if not reason.startswith(_UNREAD)})
     for reason, count in skipped.most_common(2):
         found.append(f"{count} x {reason} ({named[reason][0]}{', ...' if count > 1 else ''})")
     there = f"it holds {', '.join(found)}" if found else "it is empty"

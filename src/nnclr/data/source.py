@@ -30,7 +30,7 @@ def refuse_inside(data: Any, out: str | Path) -> None:
     for part in data if isinstance(data, (list, tuple)) else [data]:
         folder = os.path.realpath(part) if isinstance(part, (str, os.PathLike)) and os.path.isdir(part) else None
         if folder is not None and Path(os.path.realpath(out)).is_relative_to(folder):
-            raise InputError(f"--out {shown(out)} lies in the images of {shown(part)}; choose one outside of them")
+            raise InputError(f"the output {shown(out)} lies in the images of {shown(part)}; choose one outside of them")
 
 
 def open_source(data: Any) -> Source:
