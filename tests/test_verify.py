@@ -85,6 +85,11 @@ def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def cut_behind_a_line(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]))
+
+
 def swapped_mean(path):
     config = json.loads(path.read_text())
     config["pretrained_cfg"]["mean"].reverse()
@@ -130,6 +135,7 @@ def cut_first_line(path):
 # File (and which damage of it) -> what happens to it, the name under which it is damaged, what is said of it.
 DAMAGES = {
     "config.toml": (cut, "config.toml", "cannot be read"),
+    "config.toml, cut behind a line": (cut_behind_a_line, "config.toml", "it cannot be read (it lacks "),
     "config.toml, too long": (longer_toml, "config.toml", "and a config at most 65536"),
     "config.toml, a pipe": (pipe, "config.toml", "config.toml is no regular file"),
     "config.toml, a device": (endless, "config.toml", "config.toml is no regular file"),

@@ -23,6 +23,7 @@ from nnclr.errors import InputError, NoCheckpointError, StorageError, first_line
 _READ = 1 << 20  # bytes at a time
 _PAUSE = 0.5  # seconds; a run that is going on replaces the encoder's two files in less
 _UNFINISHED = re.compile(r"\.tmp-|\.lock$")
+_LARGEST_STATE = 1 << 20  # bytes of a checkpoint's text that is read for this
 _PARTS = re.compile(r"\..+\.parts")
 
 
@@ -71,7 +72,7 @@ def verify(run: str | Path, say: Callable[[str], None] = print) -> None:
 
 def _findings(run: Path) -> Iterator[Finding]:
     """What matters most comes first: the settings, the checkpoints from the newest on, the encoder, the rest."""
-    yield _judged("config.toml", _trouble(_toml, run / "config.toml"))
+    yield _judged("config.toml", _trouble(_config, run / "config.toml"))
     for path in checkpoint.committed(run / "checkpoints"):
         trouble = _trouble(_checkpoint, path)
         if path.exists():  # a run that is going on has deleted it meanwhile
@@ -136,6 +137,26 @@ def _refuse_special(*paths: Path) -> None:
 def _toml(path: Path) -> None:
     _refuse_special(path)
     parse_toml(path.read_bytes())
+
+
+def _config(path: Path) -> None:
+    """The settings of a run: a file that was cut behind a line can be read, and lacks some of the checkpoint's."""
+    _refuse_special(path)
+    if lost := sorted(_settings_of_a_checkpoint(path.parent / "checkpoints") - parse_toml(path.read_bytes()).keys()):
+        raise ValueError(f"it lacks {lost[0]}, which a checkpoint names: it was cut short")
+
+
+def _settings_of_a_checkpoint(folder: Path) -> set[str]:
+    """Names of the settings in the newest one that has readable ones, but for those that a later start may drop."""
+    for path in checkpoint.committed(folder):
+        try:
+            state = path / "state.json"
+            _refuse_special(state)
+            if state.stat().st_size <= _LARGEST_STATE:
+                return parse_toml(json.loads(state.read_bytes())["config"].encode()).keys() - {"preset", "test_data"}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # said where the checkpoint itself is judged
+    return set()
 
 
 def _json(path: Path) -> None:
