@@ -192,7 +192,8 @@ def page(record: dict) -> str:
             f"| {point.batch} | {point.entries:,}{share} | {point.ranks} | {found['seconds']:.3f} | {model:.3f} | "
             f"{found['mib']:.0f} | {held(point.entries, DIM, point.ranks if point.sharded else 1) / 2**20:.0f} |"
         )
-    return "\n".join([*lines, "", *ways_to_save(record["ways"]), "", *on_paper()])
+    ways = [*ways_to_save(record["ways"]), ""] if "ways" in record else []
+    return "\n".join([*lines, "", *ways, *on_paper()])
 
 
 def ways_to_save(found: dict[str, dict[str, float]]) -> list[str]:

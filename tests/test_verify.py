@@ -177,6 +177,14 @@ def test_what_is_damaged_is_named_and_nothing_else(run, capsys, monkeypatch, fil
     assert f"damaged in {run}: {name}; the next start goes on from checkpoints/{newest}\n" in said
 
 
+def test_a_damaged_checkpoint_says_nothing_of_the_settings(run, capsys):
+    state = run / "checkpoints/step-00000005/state.json"
+    state.write_text(state.read_text().replace("support_set_size", "support_set_sizf"))
+    _, fine, damaged, _ = verify(run, capsys)
+    assert "config.toml" in fine
+    assert list(damaged) == ["checkpoints/step-00000005"]
+
+
 def test_no_usable_checkpoint_is_code_86(run, capsys):
     for path in run.glob("checkpoints/*/state.json"):
         flip(path)

@@ -220,6 +220,19 @@ def problem(path: Path) -> str | None:
     return None
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The text of a checkpoint alone, if it is what the manifest says; the tensors are not looked at.
+
+    Raises:
+        ValueError, LookupError, TypeError, OSError: if it is not, or cannot be read.
+    """
+    manifest = json.loads((path / _MANIFEST).read_text())
+    if _fingerprint(path / _STATE) != manifest["files"][_STATE]:
+        raise ValueError(f"{_STATE} is damaged")
+    state: dict[str, Any] = json.loads((path / _STATE).read_text())
+    return state
+
+
 def _newer_format(path: Path) -> int | None:
     """The format of a checkpoint that a newer version wrote; None for one that is damaged, or readable."""
     try:

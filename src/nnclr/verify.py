@@ -23,7 +23,7 @@ from nnclr.errors import InputError, NoCheckpointError, StorageError, first_line
 _READ = 1 << 20  # bytes at a time
 _PAUSE = 0.5  # seconds; a run that is going on replaces the encoder's two files in less
 _UNFINISHED = re.compile(r"\.tmp-|\.lock$")
-_LARGEST_STATE = 1 << 20  # bytes of a checkpoint's text that is read for this
+_LARGEST_TEXT = 1 << 20  # bytes of a checkpoint's JSON files
 _PARTS = re.compile(r"\..+\.parts")
 
 
@@ -150,10 +150,10 @@ def _settings_of_a_checkpoint(folder: Path) -> set[str]:
     """Names of the settings in the newest one that has readable ones, but for those that a later start may drop."""
     for path in checkpoint.committed(folder):
         try:
-            state = path / "state.json"
-            _refuse_special(state)
-            if state.stat().st_size <= _LARGEST_STATE:
-                return parse_toml(json.loads(state.read_bytes())["config"].encode()).keys() - {"preset", "test_data"}
+            texts = path / "state.json", path / "manifest.json"
+            _refuse_special(*texts)
+            if all(text.stat().st_size <= _LARGEST_TEXT for text in texts):
+                return parse_toml(checkpoint.read_state(path)["config"].encode()).keys() - {"preset", "test_data"}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue  # said where the checkpoint itself is judged
     return set()
