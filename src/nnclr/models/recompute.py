@@ -68,18 +68,20 @@ class InBlocks(nn.Module):
 
     def forward(self, view: Tensor) -> Tensor:
         """Features (n, d) of images (n, 3, s, s)."""
+        features: Tensor
         if not torch.is_grad_enabled():
-            features: Tensor = self.backbone(view)
+            features = self.backbone(view)
             return features
         try:
             for block in self._blocks:  # for this call only: nobody else who holds the backbone shall notice
                 block.forward = _Recomputed(block)  # so that its hooks stay around it
-            return self.backbone(view)  # type: ignore[no-any-return]
+            features = self.backbone(view)
         finally:
             for block in self._blocks:
                 wrapped = vars(block).get("forward")
                 if isinstance(wrapped, _Recomputed):
                     wrapped.put_back()
+        return features
 
 
 class _Recomputed:
