@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 import nnclr
-from nnclr import cli
+from nnclr import cli, heartbeat
 from nnclr.config import Config
 
 FLAGS = (
@@ -138,6 +139,21 @@ def test_names_that_the_output_cannot_hold_are_escaped(tmp_path, photos):
     assert rb"cats \U0001f431: 20" in answer.stdout
 
 
+@pytest.mark.parametrize("write", [lambda: cli.main(["trian"]), lambda: heartbeat._leave("rank 1 is gone")])
+def test_a_line_of_one_rank_is_one_write(monkeypatch, write):
+    """Where Python does not buffer, as in many containers, two writes of one rank let another's line in between."""
+    written = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    monkeypatch.setattr("os._exit", lambda code: None)
+    write()
+    (line,) = filter(None, written)
+    assert line.startswith("nnclr: ")
+    assert line.endswith("\n")
+    written.clear()
+    print("nnclr: the control", file=sys.stderr)
+    assert len(written) == 2
+
+
 def test_unknown_command_and_flag(capsys, tmp_path):
     fails(capsys, tmp_path, 2, "'frobnicate' is no command; there are pretrain, demo", "frobnicate")
     fails(capsys, tmp_path, 2, "'trian' is no command; did you mean pretrain?", "trian")
@@ -237,7 +253,7 @@ def test_encoder_folder_loads_by_timm(tmp_path):
 SLOW_RUN = """
 import numpy as np, sys, torch
 torch.set_num_threads(1)
-from nnclr import cli
+from nnclr import cli, heartbeat
 sys.exit(cli.main(sys.argv[1:]))
 """
 

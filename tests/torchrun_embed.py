@@ -19,10 +19,10 @@ def main(data, out):
         nnclr.Encoder.embed_views = lambda self, views: rows.append(len(views)) or embed_views(self, views)
         embed.embed_to_file(encoder, data, out, batch_size=32)
         result = nnclr.evaluate(encoder, data, k=5)
-        print(
-            f"rank {distributed.rank()} parts {written} rows {sum(rows)} value {result.value} of {result.n_test}",
-            flush=True,
-        )
+        value = f"{result.value} of {result.n_test}"
+        # In one write: with PYTHONUNBUFFERED `print` makes two, and the lines of the ranks mix.
+        sys.stdout.write(f"rank {distributed.rank()} parts {written} rows {sum(rows)} value {value}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

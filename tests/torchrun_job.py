@@ -60,17 +60,23 @@ class Plain(nnclr.NNCLR):
         AT.get(int(self.support_set.updates), lambda objective: None)(self)
 
 
+def say(*words, to=sys.stdout):
+    """A line in one write: with PYTHONUNBUFFERED `print` makes several, and those of the ranks mix."""
+    to.write(" ".join(map(str, words)) + "\n")
+    to.flush()
+
+
 def fail(objective):
     raise nnclr.errors.DataError("the disk of this rank is gone")
 
 
 def freeze(objective):
-    print("freezing", time.time(), flush=True)
+    say("freezing", time.time())
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def kill(objective):
-    print("dying", time.time(), flush=True)
+    say("dying", time.time())
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -91,7 +97,7 @@ def terminate_late(objective):
 
 
 def tell_seed(objective):
-    print("seed", RANK, torch.initial_seed(), flush=True)
+    say("seed", RANK, torch.initial_seed())
 
 
 ACTIONS = {act.__name__: act for act in (fail, freeze, kill, terminate, flip, spoil, terminate_late, tell_seed)}
@@ -156,7 +162,7 @@ def main(out, epochs, *faults):
             image_size=16, embedding_dim=16, precision="fp32", warmup_epochs=0.5,
             evaluate_every_epochs=2.0, log_every_steps=5, checkpoint_every_steps=10, **settings,
         )  # fmt: skip
-    print("calls", RANK, sorted(calls.items()), flush=True)
+    say("calls", RANK, sorted(calls.items()))
 
 
 if __name__ == "__main__":
@@ -164,7 +170,7 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except nnclr.errors.NNCLRError as error:  # as the command does
         if not error.told:
-            print(f"nnclr: {error}", file=sys.stderr)
+            say(f"nnclr: {error}", to=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.exit_code)  # as `python -m nnclr`: threads of the communication library may still wait

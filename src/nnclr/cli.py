@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except NNCLRError as error:
         if not error.told:
-            print(f"nnclr: {error}", file=sys.stderr)
+            _on_stderr(f"nnclr: {error}")
         return error.exit_code
     except BrokenPipeError:  # nnclr ... | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it leaves
         return 0
     except KeyboardInterrupt:
-        print("nnclr: interrupted before there was anything to save", file=sys.stderr)
+        _on_stderr("nnclr: interrupted before there was anything to save")
         return 130
     return code
 
@@ -79,7 +79,7 @@ def _answer(arguments: list[str]) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """One plain line: the place in the source is for those who call the function from Python."""
-    print(f"nnclr: warning: {message}", file=sys.stderr)
+    _on_stderr(f"nnclr: warning: {message}")
 
 
 def _run(verb: str, arguments: list[str]) -> None:
@@ -416,7 +416,8 @@ def data(options: Data) -> None:
 
 
 def _on_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # In one write: `print` sends the end of the line apart where Python does not buffer, and the lines of ranks mix.
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def info(options: Info) -> None:

@@ -136,7 +136,8 @@ def _key(rank: int) -> str:
 
 def _leave(reason: str) -> None:
     """End this process at once: the main thread may be in a collective that never returns."""
-    print(f"nnclr: {reason}; start the job again, it goes on from the last checkpoint", file=sys.stderr, flush=True)
+    line = f"nnclr: {reason}; start the job again, it goes on from the last checkpoint\n"
+    print(line, end="", file=sys.stderr, flush=True)  # in one write: other ranks leave at the same moment
     os._exit(85)
 
 
