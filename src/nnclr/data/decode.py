@@ -104,11 +104,29 @@ def decode(data: bytes, reduction: Callable[[int, int], int] | None = None) -> n
             pixels = _jpeg(data, image, reduction)
             if pixels is not None:
                 return pixels
+    except Exception as error:
+        raise BadImage("truncated", str(error)[:120]) from error
+    pixels, orientation = _loaded(image)
+    del image  # before there is a turned copy
+    return _upright(pixels, orientation)
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """A Pillow image as `decode` gives its file: (h, w, 3) uint8.
+
+    Raises:
+        BadImage: `truncated` if its file cannot be decoded in full, `too_large`, or `unsupported_mode`.
+    """
+    _refuse_large(image)
+    return _upright(*_loaded(image))
+
+
+def _loaded(image: Image.Image) -> tuple[np.ndarray, Any]:
+    """Its pixels as RGB, and the EXIF orientation."""
+    try:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # a TIFF is turned by now, and says so
-        pixels = _rgb(image)
-        del image
-        return _upright(pixels, orientation)
+        return _rgb(image), orientation
     except BadImage:
         raise
     except Exception as error:
@@ -132,9 +150,13 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("too_large", "more pixels than any photograph") from error
     except Exception as error:
         raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
+    _refuse_large(image)
+    return image
+
+
+def _refuse_large(image: Image.Image) -> None:
     if image.width * image.height > (MAX_PIXELS_WEBP if image.format == "WEBP" else MAX_PIXELS):
         raise BadImage("too_large", f"{image.width} x {image.height} pixels")
-    return image
 
 
 def _jpeg(data: bytes, image: Image.Image, reduction: Callable[[int, int], int] | None) -> np.ndarray | None:

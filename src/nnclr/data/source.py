@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from nnclr.data.array_file import npy_source
 from nnclr.data.folder import folder_source
@@ -15,13 +16,15 @@ from nnclr.data.images import Source, array_source, is_tensor, shown
 from nnclr.data.named import torchvision_source
 from nnclr.data.parquet import parquet_source
 from nnclr.data.photos import photo_patches
+from nnclr.data.pictures import are_pictures, file_source, is_picture_file, picture_source
 from nnclr.data.shards import is_shard_folder, shard_source
 from nnclr.data.storage import is_remote, listed
 from nnclr.errors import InputError
 
 ACCEPTED = (
     "a folder of images, a list of folders, a folder of shards, SHARDS.tar, FILES.parquet, FILE.npy, "
-    "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, an array of images, or a pair (images, labels)"
+    "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, files of pictures, an array of images, a list of Pillow images, "
+    "or a pair (images, labels)"
 )
 
 
@@ -41,8 +44,9 @@ def open_source(data: Any) -> Source:
             wrote; `SHARDS.tar` or `FILES.parquet`, each a file, a pattern with `*` or `{000..099}`, or a list, the
             latter with an optional `?split=train&label=COLUMN`; `FILE.npy[?labels=FILE.npy]`, which is not read as
             a whole; `hf:NAME_OR_PATH`; `torchvision:NAME[?split=test]`;
-            `demo-photos[?split=test]`; an array or tensor of uint8 images (n, h, w[, 1 or 3]) or (n, 3, h, w); or a
-            pair (images, labels). Shards and parquet files may be addresses, such as `s3://...`.
+            `demo-photos[?split=test]`; a picture's file, or a list of them; an array or tensor of uint8 images
+            (n, h, w[, 1 or 3]) or (n, 3, h, w); a Pillow image, or a list of them or of arrays (h, w[, 3]); or a pair
+            (images, labels). Shards and parquet files may be addresses, such as `s3://...`.
 
     Raises:
         InputError: if it is none of these, or holds no image; the message says what was found.
@@ -51,8 +55,12 @@ def open_source(data: Any) -> Source:
         return data
     if isinstance(data, np.ndarray) or is_tensor(data):
         return array_source(data, None)
-    if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, os.PathLike)):
-        return array_source(*data)
+    if isinstance(data, Image.Image):
+        return picture_source([data])
+    if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, os.PathLike, Image.Image)):
+        return picture_source(*data) if are_pictures(data[0]) else array_source(*data)
+    if are_pictures(data):
+        return picture_source(data)
     if isinstance(data, (list, tuple)) and data and all(isinstance(part, (str, os.PathLike)) for part in data):
         return _files_source([os.fspath(part) for part in data])
     if not isinstance(data, (str, os.PathLike)):
@@ -82,6 +90,8 @@ def _files_source(paths: list[str]) -> Source:
             return source(paths)
     if all(is_shard_folder(path) for path in paths):
         return shard_source(paths)
+    if all(map(is_picture_file, paths)):
+        return file_source(paths)
     try:
         return folder_source([Path(path) for path in paths])
     except InputError:

@@ -1,0 +1,98 @@
+"""Pictures that are named or held one by one: Pillow images, arrays of any sizes, and files."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nnclr.data.decode import BadImage, decode, pixels_of, read_file
+from nnclr.data.folder import EXTENSIONS
+from nnclr.data.images import Source, array_source, shown
+from nnclr.errors import InputError
+
+
+def are_pictures(data: Any) -> bool:
+    """Whether it is a list of Pillow images and arrays, at least one."""
+    return (
+        isinstance(data, (list, tuple)) and bool(data) and all(isinstance(p, (Image.Image, np.ndarray)) for p in data)
+    )
+
+
+def picture_source(pictures: Sequence[Image.Image | np.ndarray], labels: Any = None) -> Source:
+    """Pictures in memory, of any sizes and modes.
+
+    Args:
+        pictures: Pillow images, read as their files would be; and arrays, uint8 (h, w), (h, w, 1) or (h, w, 3).
+        labels: (n,) whole numbers from 0, or None.
+
+    Raises:
+        InputError: for arrays of another dtype or shape, or labels that do not fit.
+    """
+    digest = hashlib.sha256()
+    for i, picture in enumerate(pictures):
+        if isinstance(picture, np.ndarray):
+            content = _array(picture, i)
+        else:
+            try:
+                content = pixels_of(picture)
+            except BadImage as error:  # met again, and counted, where it is used
+                digest.update(str(error).encode())
+                continue
+        digest.update(str(content.shape).encode() + content.tobytes())
+    # What labels may be is said in one place.
+    classes = array_source(np.zeros((len(pictures), 1, 1), np.uint8), labels)
+    digest.update(b"" if classes.labels is None else classes.labels.tobytes())
+
+    def fetch(i: int) -> np.ndarray:
+        picture = pictures[i]
+        return _array(picture, i) if isinstance(picture, np.ndarray) else pixels_of(picture)
+
+    return Source(
+        "pictures",
+        len(pictures),
+        fetch,
+        lambda i: f"pictures#{i}",
+        digest.hexdigest(),
+        classes.labels,
+        classes.class_names,
+    )
+
+
+def _array(picture: np.ndarray, i: int) -> np.ndarray:
+    """A copy of it as (h, w, 3)."""
+    if picture.dtype != np.uint8:
+        raise InputError(f"pictures must be uint8 from 0 to 255, number {i} is {picture.dtype}")
+    planes = picture[..., None] if picture.ndim == 2 else picture
+    if planes.ndim != 3 or planes.shape[2] not in (1, 3) or 0 in planes.shape:
+        raise InputError(f"pictures must be (h, w), (h, w, 1) or (h, w, 3), number {i} is {picture.shape}")
+    return np.array(np.broadcast_to(planes, (*planes.shape[:2], 3)))
+
+
+def is_picture_file(path: str) -> bool:
+    """Whether it is a file, by its extension one of a picture."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS and os.path.exists(path) and not os.path.isdir(path)
+
+
+def file_source(paths: Sequence[str]) -> Source:
+    """Files of pictures in the order they are given; the fingerprint is over names and sizes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.fsencode(os.path.basename(path)) + b"\0" + str(os.path.getsize(path)).encode() + b"\n")
+    written = hashlib.sha256(repr([Path(path).stat().st_mtime_ns for path in paths]).encode()).hexdigest()
+
+    def content(i: int) -> bytes:
+        return read_file(paths[i])
+
+    return Source(
+        shown(paths[0]) if len(paths) == 1 else f"{len(paths)} pictures",
+        len(paths),
+        lambda i: decode(content(i)),
+        lambda i: shown(paths[i]),
+        digest.hexdigest(),
+        revision=written,
+        content=content,
+    )
