@@ -31,6 +31,7 @@ from nnclr.data.ahead import Threads
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_image, normalize
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
+from nnclr.data.pictures import file_source, picture_files
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
 from nnclr.golden import compare, golden_image, sample, stored_golden, with_golden
@@ -100,7 +101,8 @@ class Encoder:
         """Features of all images, in evaluation mode and float32 whatever the state of the module.
 
         Args:
-            data: anything `nnclr pretrain` takes, an array of images, or a `Source`.
+            data: anything `nnclr pretrain` takes, an array of images, Pillow images, a `Source`; also the path of a
+                picture, or a list of them.
             batch_size: images at a time.
             num_workers: threads that decode.
 
@@ -110,7 +112,9 @@ class Encoder:
         Raises:
             InputError: if the data cannot be opened.
         """
-        return np.concatenate(list(self.embed_batches(open_source(data), batch_size, num_workers)))
+        files = picture_files(data)
+        source = open_source(data) if files is None else file_source(files)
+        return np.concatenate(list(self.embed_batches(source, batch_size, num_workers)))
 
     def embed_batches(
         self, source: Source, batch_size: int = 256, num_workers: int = 2, together: bool = False

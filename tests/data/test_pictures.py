@@ -9,6 +9,7 @@ from PIL import Image
 
 import nnclr
 from nnclr.data.decode import BadImage
+from nnclr.data.pictures import file_source
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
 
@@ -101,7 +102,7 @@ def test_fingerprints_are_of_what_is_seen(tmp_path):
     for place, size in (("a", 4), ("b", 4), ("c", 5)):
         (tmp_path / place).mkdir()
         Image.new("RGB", (size, 40)).save(tmp_path / place / "x.bmp")
-    same, moved, other = (open_source(tmp_path / place / "x.bmp").fingerprint for place in "abc")
+    same, moved, other = (file_source([str(tmp_path / place / "x.bmp")]).fingerprint for place in "abc")
     assert same == moved != other
 
 
@@ -132,6 +133,7 @@ def test_damaged_pictures_cost_their_own_row(tmp_path):
         ([np.zeros((0, 4), np.uint8)], "number 0 is"),
         ([Image.new("L", (2, 2)), "x.png"], "data of type list is none of: .* a list of Pillow images"),
         ([], "data of type list is none of"),
+        (__file__, "is a file, not a folder of images"),
     ],
 )
 def test_what_is_no_picture_is_refused(data, words):

@@ -72,8 +72,15 @@ def _array(picture: np.ndarray, i: int) -> np.ndarray:
     return np.array(np.broadcast_to(planes, (*planes.shape[:2], 3)))
 
 
-def is_picture_file(path: str) -> bool:
-    """Whether it is a file, by its extension one of a picture."""
+def picture_files(data: Any) -> list[str] | None:
+    """The path, or the paths, where data is nothing but files that are pictures by their extension; else None."""
+    paths = data if isinstance(data, (list, tuple)) else [data]
+    if not all(isinstance(path, (str, os.PathLike)) and _is_picture_file(path) for path in paths):
+        return None
+    return [os.fspath(path) for path in paths] or None
+
+
+def _is_picture_file(path: str | os.PathLike[str]) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS and os.path.exists(path) and not os.path.isdir(path)
 
 

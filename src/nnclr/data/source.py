@@ -16,14 +16,14 @@ from nnclr.data.images import Source, array_source, is_tensor, shown
 from nnclr.data.named import torchvision_source
 from nnclr.data.parquet import parquet_source
 from nnclr.data.photos import photo_patches
-from nnclr.data.pictures import are_pictures, file_source, is_picture_file, picture_source
+from nnclr.data.pictures import are_pictures, picture_source
 from nnclr.data.shards import is_shard_folder, shard_source
 from nnclr.data.storage import is_remote, listed
 from nnclr.errors import InputError
 
 ACCEPTED = (
     "a folder of images, a list of folders, a folder of shards, SHARDS.tar, FILES.parquet, FILE.npy, "
-    "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, files of pictures, an array of images, a list of Pillow images, "
+    "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, an array of images, a list of Pillow images, "
     "or a pair (images, labels)"
 )
 
@@ -44,9 +44,9 @@ def open_source(data: Any) -> Source:
             wrote; `SHARDS.tar` or `FILES.parquet`, each a file, a pattern with `*` or `{000..099}`, or a list, the
             latter with an optional `?split=train&label=COLUMN`; `FILE.npy[?labels=FILE.npy]`, which is not read as
             a whole; `hf:NAME_OR_PATH`; `torchvision:NAME[?split=test]`;
-            `demo-photos[?split=test]`; a picture's file, or a list of them; an array or tensor of uint8 images
-            (n, h, w[, 1 or 3]) or (n, 3, h, w); a Pillow image, or a list of them or of arrays (h, w[, 3]); or a pair
-            (images, labels). Shards and parquet files may be addresses, such as `s3://...`.
+            `demo-photos[?split=test]`; an array or tensor of uint8 images (n, h, w[, 1 or 3]) or (n, 3, h, w); a Pillow
+            image, or a list of them or of arrays (h, w[, 3]); or a pair (images, labels). Shards and parquet files may
+            be addresses, such as `s3://...`.
 
     Raises:
         InputError: if it is none of these, or holds no image; the message says what was found.
@@ -90,8 +90,6 @@ def _files_source(paths: list[str]) -> Source:
             return source(paths)
     if all(is_shard_folder(path) for path in paths):
         return shard_source(paths)
-    if all(map(is_picture_file, paths)):
-        return file_source(paths)
     try:
         return folder_source([Path(path) for path in paths])
     except InputError:
