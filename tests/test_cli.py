@@ -253,7 +253,7 @@ def test_encoder_folder_loads_by_timm(tmp_path):
 SLOW_RUN = """
 import numpy as np, sys, torch
 torch.set_num_threads(1)
-from nnclr import cli, heartbeat
+from nnclr import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -17,7 +17,7 @@ import tyro
 
 import nnclr
 from nnclr.arguments import parse
-from nnclr.errors import DataError, InputError, NNCLRError, StorageError
+from nnclr.errors import DataError, InputError, NNCLRError, StorageError, tell
 from nnclr.options import (
     Compare,
     Data,
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except NNCLRError as error:
         if not error.told:
-            _on_stderr(f"nnclr: {error}")
+            tell(f"nnclr: {error}")
         return error.exit_code
     except BrokenPipeError:  # nnclr ... | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it leaves
         return 0
     except KeyboardInterrupt:
-        _on_stderr("nnclr: interrupted before there was anything to save")
+        tell("nnclr: interrupted before there was anything to save")
         return 130
     return code
 
@@ -79,7 +79,7 @@ def _answer(arguments: list[str]) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """One plain line: the place in the source is for those who call the function from Python."""
-    _on_stderr(f"nnclr: warning: {message}")
+    tell(f"nnclr: warning: {message}")
 
 
 def _run(verb: str, arguments: list[str]) -> None:
@@ -117,7 +117,7 @@ def _load_torch() -> None:
     """Import what takes longest; a person who has waited for it a while is told."""
     if "torch" in sys.modules or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         return
-    late = threading.Timer(_LATE, _on_stderr, ["nnclr: loading PyTorch, which takes some seconds here"])
+    late = threading.Timer(_LATE, tell, ["nnclr: loading PyTorch, which takes some seconds here"])
     late.daemon = True
     late.start()
     try:
@@ -209,7 +209,7 @@ def evaluate(options: Evaluate) -> None:
     device = choose_device(options.device)
     folder = Path(options.encoder)
     own, others = _result_files(folder, options.out)
-    say = _warnings_once(_on_stderr)
+    say = _warnings_once(tell)
 
     def measure(encoder: Any, file: Path | None) -> Result:
         result = run_evaluate(
@@ -224,7 +224,7 @@ def evaluate(options: Evaluate) -> None:
         )
         if rank() == 0:
             if options.baselines or not sys.stdout.isatty():  # or it would be said twice in a row
-                _on_stderr(result.in_words())
+                tell(result.in_words())
             if file is not None:
                 try:
                     append(result, file)
@@ -287,10 +287,10 @@ def _show(results: list[Any], folder: Path | None) -> None:
     ]
     for text in dict.fromkeys(texts):
         if text is not None:
-            _on_stderr(text)
+            tell(text)
     if folder is not None and results[0].protocol == "label-curve":
         draw_label_curve(folder / "label-curve.png", results[0].details["curve"])
-        _on_stderr(f"curve: {folder / 'label-curve.png'}")
+        tell(f"curve: {folder / 'label-curve.png'}")
 
 
 def compare(options: Compare) -> None:
@@ -336,7 +336,7 @@ def search(options: Search) -> None:
 
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(run_search(**values, width=width, say=_on_stderr))
+    print(run_search(**values, width=width, say=tell))
 
 
 _OF_THE_PAGE = ("encoder", "host", "port", "token", "browser")
@@ -387,7 +387,7 @@ def report(options: Report) -> None:
     """`nnclr report`."""
     from nnclr.report import write_report
 
-    print(write_report(Path(options.run), None if options.out is None else Path(options.out), say=_on_stderr))
+    print(write_report(Path(options.run), None if options.out is None else Path(options.out), say=tell))
 
 
 def verify(options: Verify) -> None:
@@ -408,16 +408,11 @@ def data(options: Data) -> None:
     """`nnclr data check`: progress on standard error, the table on standard output."""
     from nnclr.data_check import check_data, in_words
 
-    report = check_data(options.data, options.out, say=_on_stderr)
+    report = check_data(options.data, options.out, say=tell)
     for line in in_words(report):
         print(line)
     if not report["usable"]:
         raise DataError(report["verdict"])
-
-
-def _on_stderr(text: str) -> None:
-    # In one write: `print` sends the end of the line apart where Python does not buffer, and the lines of ranks mix.
-    print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def info(options: Info) -> None:

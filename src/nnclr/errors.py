@@ -1,5 +1,6 @@
 """What can go wrong for a user, one class an exit code; the command line prints the message and nothing else."""
 
+import sys
 import textwrap
 from collections.abc import Mapping
 
@@ -80,6 +81,14 @@ class NoProgressError(NNCLRError):
     """The run was started again and again from one checkpoint and never came to the next one."""
 
     exit_code = 87
+
+
+def tell(text: str) -> None:
+    """A line on standard error, for people, in one write.
+
+    `print` sends the end of a line apart where Python does not buffer, and the lines of several ranks mix.
+    """
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:

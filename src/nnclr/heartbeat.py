@@ -6,11 +6,12 @@ A collective alone waits for its timeout, minutes, where a process hangs; on CUD
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
+
+from nnclr.errors import tell
 
 PATIENCE = 30.0  # seconds without a sign; also long calls that never let another thread run must fit in
 _INTERVAL = 1.0
@@ -136,8 +137,7 @@ def _key(rank: int) -> str:
 
 def _leave(reason: str) -> None:
     """End this process at once: the main thread may be in a collective that never returns."""
-    line = f"nnclr: {reason}; start the job again, it goes on from the last checkpoint\n"
-    print(line, end="", file=sys.stderr, flush=True)  # in one write: other ranks leave at the same moment
+    tell(f"nnclr: {reason}; start the job again, it goes on from the last checkpoint")
     os._exit(85)
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from nnclr.data.source import parse_query
 from nnclr.encoder import Encoder
-from nnclr.errors import InputError, first_line
+from nnclr.errors import InputError, first_line, tell
 from nnclr.importers import import_checkpoint, read_checkpoint
 from nnclr.models.backbone import create_backbone, without_classifier
 
@@ -201,7 +200,7 @@ def _checkpoint(path: str, query: str) -> Encoder:
         backbone,
         options.get("size", 224),
         bool(options.get("partial", 0)),
-        lambda line: print(line, file=sys.stderr),
+        tell,
     )
 
 

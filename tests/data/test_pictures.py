@@ -67,6 +67,8 @@ def test_an_encoder_takes_whatever_holds_the_pictures(folder):
         np.testing.assert_array_equal(encoder.embed(data), expected)
     for one in (paths[3], str(paths[3]), Image.open(paths[3]), [Image.open(paths[3])]):
         np.testing.assert_allclose(encoder.embed(one), expected[3:4], rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="missing.jpg does not exist"):
+        encoder.embed([paths[0], "missing.jpg"])
     backwards = encoder.embed(paths[::-1])
     np.testing.assert_array_equal(backwards[::-1], expected)  # the order is that of the list
 

@@ -157,17 +157,7 @@ def array_source(
         pixels = pixels[..., None]
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or 0 in pixels.shape:
         raise InputError(f"images of shape {tuple(images.shape)} are not (n, h, w), (n, h, w, 3) or (n, 3, h, w)")
-    checked, names = None, None
-    if labels is not None:
-        checked = np.asarray(labels)
-        if checked.shape != (len(pixels),) or not np.issubdtype(checked.dtype, np.integer) or checked.min() < 0:
-            raise InputError(f"labels must be {len(pixels)} whole numbers from 0, one an image")
-        if checked.max() >= MOST_CLASS:
-            raise InputError(
-                f"labels go up to {checked.max()}, and classes end at {MOST_CLASS - 1}: number them from 0"
-            )
-        checked = checked.astype(np.int64)
-        names = tuple(class_names or (str(i) for i in range(int(checked.max()) + 1)))
+    checked, names = checked_labels(labels, len(pixels), class_names)
     digest = hashlib.sha256(str(pixels.shape).encode())
     for image in pixels:  # one at a time: the array may be a file that is larger than memory
         digest.update(np.ascontiguousarray(image).data)
@@ -177,6 +167,25 @@ def array_source(
         return np.array(np.broadcast_to(pixels[i], (*pixels.shape[1:3], 3)))  # a copy that may be written
 
     return Source(name, len(pixels), fetch, lambda i: f"{name}#{i}", digest.hexdigest(), checked, names)
+
+
+def checked_labels(
+    labels: Any, n: int, class_names: Sequence[str] | None = None
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels (n,) int64 and the name of each class, by default its number; None and None where there are no labels.
+
+    Raises:
+        InputError: if they are not n whole numbers from 0.
+    """
+    if labels is None:
+        return None, None
+    checked = np.asarray(labels)
+    if checked.shape != (n,) or not np.issubdtype(checked.dtype, np.integer) or checked.min() < 0:
+        raise InputError(f"labels must be {n} whole numbers from 0, one an image")
+    if checked.max() >= MOST_CLASS:
+        raise InputError(f"labels go up to {checked.max()}, and classes end at {MOST_CLASS - 1}: number them from 0")
+    checked = checked.astype(np.int64)
+    return checked, tuple(class_names or (str(i) for i in range(int(checked.max()) + 1)))
 
 
 def is_tensor(data: object) -> TypeGuard[torch.Tensor]:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 from nnclr.data.decode import BadImage, decode, pixels_of, read_file
 from nnclr.data.folder import EXTENSIONS
-from nnclr.data.images import Source, array_source, shown
+from nnclr.data.images import Source, checked_labels, shown
 from nnclr.errors import InputError
 
 
@@ -32,7 +31,8 @@ def picture_source(pictures: Sequence[Image.Image | np.ndarray], labels: Any = N
     Raises:
         InputError: for arrays of another dtype or shape, or labels that do not fit.
     """
-    digest = hashlib.sha256()
+    checked, names = checked_labels(labels, len(pictures))
+    digest = hashlib.sha256(b"" if checked is None else checked.tobytes())
     for i, picture in enumerate(pictures):
         if isinstance(picture, np.ndarray):
             content = _array(picture, i)
@@ -43,23 +43,12 @@ def picture_source(pictures: Sequence[Image.Image | np.ndarray], labels: Any = N
                 digest.update(str(error).encode())
                 continue
         digest.update(str(content.shape).encode() + content.tobytes())
-    # What labels may be is said in one place.
-    classes = array_source(np.zeros((len(pictures), 1, 1), np.uint8), labels)
-    digest.update(b"" if classes.labels is None else classes.labels.tobytes())
 
     def fetch(i: int) -> np.ndarray:
         picture = pictures[i]
         return _array(picture, i) if isinstance(picture, np.ndarray) else pixels_of(picture)
 
-    return Source(
-        "pictures",
-        len(pictures),
-        fetch,
-        lambda i: f"pictures#{i}",
-        digest.hexdigest(),
-        classes.labels,
-        classes.class_names,
-    )
+    return Source("pictures", len(pictures), fetch, lambda i: f"pictures#{i}", digest.hexdigest(), checked, names)
 
 
 def _array(picture: np.ndarray, i: int) -> np.ndarray:
@@ -73,23 +62,32 @@ def _array(picture: np.ndarray, i: int) -> np.ndarray:
 
 
 def picture_files(data: Any) -> list[str] | None:
-    """The path, or the paths, where data is nothing but files that are pictures by their extension; else None."""
+    """The path, or the paths, where data is nothing but names of pictures by their extension; else None."""
     paths = data if isinstance(data, (list, tuple)) else [data]
-    if not all(isinstance(path, (str, os.PathLike)) and _is_picture_file(path) for path in paths):
+    if not all(isinstance(path, (str, os.PathLike)) and _names_a_picture(path) for path in paths):
         return None
     return [os.fspath(path) for path in paths] or None
 
 
-def _is_picture_file(path: str | os.PathLike[str]) -> bool:
-    return os.path.splitext(path)[1].lower() in EXTENSIONS and os.path.exists(path) and not os.path.isdir(path)
+def _names_a_picture(path: str | os.PathLike[str]) -> bool:
+    return os.path.splitext(path)[1].lower() in EXTENSIONS and not os.path.isdir(path)
 
 
 def file_source(paths: Sequence[str]) -> Source:
-    """Files of pictures in the order they are given; the fingerprint is over names and sizes."""
-    digest = hashlib.sha256()
+    """Files of pictures in the order they are given; the fingerprint is over names and sizes.
+
+    Raises:
+        InputError: if one does not exist.
+    """
+    digest, times = hashlib.sha256(), []
     for path in paths:
-        digest.update(os.fsencode(os.path.basename(path)) + b"\0" + str(os.path.getsize(path)).encode() + b"\n")
-    written = hashlib.sha256(repr([Path(path).stat().st_mtime_ns for path in paths]).encode()).hexdigest()
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError) as error:  # the latter for what can be no name
+            raise InputError(f"{shown(path)} does not exist or cannot be looked at") from error
+        digest.update(os.fsencode(os.path.basename(path)) + b"\0" + str(status.st_size).encode() + b"\n")
+        times.append(status.st_mtime_ns)
+    written = hashlib.sha256(repr(times).encode()).hexdigest()
 
     def content(i: int) -> bytes:
         return read_file(paths[i])
