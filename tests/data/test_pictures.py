@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import nnclr
+from nnclr.data import decode
 from nnclr.data.decode import BadImage
 from nnclr.data.pictures import file_source
 from nnclr.data.source import open_source
@@ -67,7 +68,7 @@ def test_an_encoder_takes_whatever_holds_the_pictures(folder):
         np.testing.assert_array_equal(encoder.embed(data), expected)
     for one in (paths[3], str(paths[3]), Image.open(paths[3]), [Image.open(paths[3])]):
         np.testing.assert_allclose(encoder.embed(one), expected[3:4], rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="missing.jpg does not exist"):
+    with pytest.raises(InputError, match=r"missing\.jpg does not exist"):
         encoder.embed([paths[0], "missing.jpg"])
     backwards = encoder.embed(paths[::-1])
     np.testing.assert_array_equal(backwards[::-1], expected)  # the order is that of the list
@@ -125,6 +126,14 @@ def test_damaged_pictures_cost_their_own_row(tmp_path):
         assert np.isnan(encoder.embed(data)).all(axis=1).tolist() == [True, False]
     with pytest.raises(BadImage, match="truncated"):
         open_source([Image.open(io.BytesIO(cut))]).read(0)
+
+
+def test_a_picture_in_memory_may_be_no_larger_than_a_file(monkeypatch):
+    source = open_source([Image.new("L", (10, 10)), Image.new("L", (10, 11))])
+    monkeypatch.setattr(decode, "MAX_PIXELS", 100)
+    assert source.read(0).shape == (10, 10, 3)
+    with pytest.raises(BadImage, match="too_large: 10 x 11 pixels"):
+        source.read(1)
 
 
 @pytest.mark.parametrize(
