@@ -11,7 +11,7 @@ from nnclr.finite import refuse_not_finite
 from nnclr.kernels.lookup import bfloat16_is_native, least_maximum
 
 _BLOCK = 4096  # rows of test and of train that are compared at a time: 64 MiB of similarities
-_WIDE, _QUERIES = 8, 128  # bfloat16 products: blocks of train rows, and queries, at a time, 8 MiB of similarities
+_WIDE, _QUERIES = 8, 256  # bfloat16 products: blocks of train rows, and queries, at a time, 16 MiB of similarities
 _GROUP, _LEAST = 16, 64  # rows in a group; groups from which on they pay
 _MOST = 0.25  # share of the groups with candidates above which comparing all is faster
 
@@ -41,7 +41,7 @@ def nearest_rows(train: Tensor, test: Tensor, k: int, block: int = _BLOCK) -> tu
             some = train[start : start + (_WIDE * block if quick else block)]
             if quick and len(some) >= _GROUP * max(k, _LEAST):
                 some = some[: len(some) // _GROUP * _GROUP]
-                tops, places = _of_candidates(some, test, k, block, best[:, k - 1 :])
+                tops, places = _of_candidates(some, test, k, block, best)
             else:
                 tops, places = _of_all(some, test, min(k, len(some)), block)
             both = torch.cat([best, tops], 1), torch.cat([where, places + start], 1)
@@ -66,16 +66,16 @@ def _of_all(train: Tensor, test: Tensor, k: int, block: int) -> tuple[Tensor, Te
 def _of_candidates(train: Tensor, test: Tensor, k: int, block: int, known: Tensor) -> tuple[Tensor, Tensor]:
     """As `_of_all`, in float32 only where a product in bfloat16 leaves the chance to be among the k best.
 
-    The k-th largest of the maxima of disjoint groups of rows is a similarity that k rows reach, and so is the k-th
-    best one that is `known` (n, 0 or 1) from other rows. What rounding can take from such a row is bounded. Where
-    fewer than k rows are worth comparing, similarity -inf fills up.
+    The k-th largest of the maxima of disjoint groups of rows, and of similarities that are `known` from other rows, is
+    a similarity that k rows reach. What rounding can take from such a row is bounded. Where fewer than k rows are worth
+    comparing, similarity -inf fills up.
 
     Args:
         train: (m, d), m a multiple of the group's size.
         test: (n, d).
         k: at most the number of groups.
         block: rows that are normalised at a time.
-        known: similarities (n, 0 or 1) that k other rows reach.
+        known: similarities (n, any number) of other rows.
     """
     unit, moved = torch.empty(train.shape, dtype=torch.bfloat16), 0.0
     for rows, rounded in zip(train.split(max(1, block // 4)), unit.split(max(1, block // 4)), strict=True):
@@ -84,20 +84,22 @@ def _of_candidates(train: Tensor, test: Tensor, k: int, block: int, known: Tenso
         moved = max(moved, float(of_length_1.sub_(rounded.float()).norm(dim=1).max()))
     inverse = 1 / torch.cat([rows.float().norm(dim=1) for rows in train.split(max(1, block // 4))]).clamp(min=1e-12)
     groups = len(train) // _GROUP
+    scores = torch.empty(_QUERIES, len(train), dtype=torch.bfloat16)  # once: fresh memory comes page by page
     found: list[tuple[Tensor, Tensor]] = []
-    for queries, kths in zip(test.split(_QUERIES), known.split(_QUERIES), strict=True):
+    for queries, reached in zip(test.split(_QUERIES), known.split(_QUERIES), strict=True):
         queries = F.normalize(queries.float(), dim=1)
         # A group is every so-and-so-many-th row, so that the maxima of all are taken along whole lines of memory.
-        scores = (queries.to(torch.bfloat16) @ unit.T).view(-1, _GROUP, groups)
-        maxima = scores.amax(dim=1)
-        kth = maxima.topk(k, dim=1).values[:, -1:].float()
-        floor = torch.stack([least_maximum(some, queries, moved) for some in (*kth.T, *kths.T)]).amax(dim=0)
+        torch.mm(queries.to(torch.bfloat16), unit.T, out=scores[: len(queries)])
+        by_group = scores[: len(queries)].view(-1, _GROUP, groups)
+        maxima = by_group.amax(dim=1).float()
+        kth = torch.cat([maxima, reached], 1).topk(k, dim=1, sorted=False).values.amin(dim=1)
+        floor = least_maximum(kth, queries, moved)
         candidates = maxima >= floor[:, None]
         if candidates.float().mean() > _MOST:  # rows crowd together
             found.append(_of_all(train, queries, k, block))
             continue
         query, group = candidates.nonzero(as_tuple=True)
-        pair, member = (scores[query, :, group] >= floor[query, None]).nonzero(as_tuple=True)
+        pair, member = (by_group[query, :, group] >= floor[query, None]).nonzero(as_tuple=True)
         query, rows = query[pair], member * groups + group[pair]
         counts = query.bincount(minlength=len(queries))
         exact = [
