@@ -182,6 +182,38 @@ def test_orientation_of_jpegs(monkeypatch, orientation):
     np.testing.assert_array_equal(decode(data), expected)
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def test_the_orientation_is_found_wherever_it_stands():
+    """In EXIF or XMP, behind other segments: Pillow is asked unless there is neither."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = np.random.default_rng(0).bytes(150_000)  # three segments
+    for options in ({"exif": exif}, {"xmp": XMP}, {"icc_profile": profile, "exif": exif}):
+        data = encoded(photo(), "JPEG", **options)
+        assert decode(data).shape[:2] == (67, 54), options
+        behind = data[:2] + b"\xff\xfe\x00\x09comment" + b"\xff\xfe\x00\x02" * 600 + data[2:]
+        assert decode(behind).shape[:2] == (67, 54), options
+    assert decode(encoded(photo(), "JPEG", icc_profile=profile)).shape[:2] == (54, 67)  # control
+
+
+def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch):
+    plain, expected = encoded(photo(), "JPEG"), decode(encoded(photo(), "JPEG"))
+    huge = bytearray(plain)
+    at = huge.index(b"\xff\xc0") + 5
+    huge[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
+    assert reason(bytes(huge)) == "too_large"
+    asked = []
+    monkeypatch.setattr(D, "_open", lambda data: asked.append(data) or Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(decode(plain), expected)
+    assert not asked
+    others = [encoded(photo(), "JPEG", xmp=XMP), encoded(photo().convert("CMYK"), "JPEG"), encoded(photo()), plain[:-2]]
+    for data in others:  # control
+        decoded(data)
+    assert asked == others
+
+
 def test_damaged_jpegs_are_what_pillow_takes_them_for(monkeypatch):
     """The pixels are equal, or the reason why there are none: libjpeg warns where Pillow stops, and the reverse."""
     rng, exif = random.Random(0), Image.Exif()

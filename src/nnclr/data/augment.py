@@ -23,7 +23,6 @@ from nnclr.data.one_image import LUMA, OPERATIONS, blur_image, color_image
 from nnclr.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SCALE = tuple(1 / std for std in IMAGENET_STD)
 SMALL_IMAGE = 64  # pixels; up to this size policies take their small-image form
 _ORDERS = np.array(list(permutations(range(4))))  # the 24 orders of brightness, contrast, saturation, hue
 _TRIES = 10  # of a crop box, as torchvision's RandomResizedCrop
@@ -255,12 +254,6 @@ def upload(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-@cache
-def _constants(device: torch.device) -> tuple[Tensor, ...]:
-    """The mean and inverse deviation of ImageNet, (3, 1, 1) each."""
-    return tuple(upload(np.array(v, np.float32)[:, None, None], device) for v in (IMAGENET_MEAN, _SCALE))
-
-
 def color(images: Tensor, parameters: Parameters, view: View) -> Tensor:
     """Jitter in each image's own order, then grayscale, blur and solarise, each where it was drawn.
 
@@ -269,27 +262,6 @@ def color(images: Tensor, parameters: Parameters, view: View) -> Tensor:
         parameters: of the same n images.
         view: for the size of the blur and the threshold of solarise.
     """
-    if len(images) == 1 and images.device.type == "cpu":
-        _color_one(images[0], parameters, view)
-    else:
-        _color_batch(images, parameters, view)
-    return images
-
-
-def _color_one(image: Tensor, parameters: Parameters, view: View) -> None:
-    amounts = (view.brightness, view.contrast, view.saturation, view.hue)
-    order = parameters.orders[0].tolist() if parameters.jitter[0] else []
-    color_image(
-        image,
-        [(OPERATIONS[i], float(parameters.factors[0, i])) for i in order if amounts[i] > 0],
-        bool(parameters.grayscale[0]),
-        float(parameters.sigmas[0]),
-        _widest(view.size),
-        view.solarize_threshold if parameters.solarize[0] else None,
-    )
-
-
-def _color_batch(images: Tensor, parameters: Parameters, view: View) -> None:
     amounts = (view.brightness, view.contrast, view.saturation, view.hue)
     for position in range(4):
         for operation, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
@@ -299,6 +271,22 @@ def _color_batch(images: Tensor, parameters: Parameters, view: View) -> None:
     _where(images, parameters.grayscale, lambda x, _: gray(x).expand_as(x))
     _where(images, parameters.sigmas > 0, lambda x, sigma: blur(x, sigma.flatten(), view.size), parameters.sigmas)
     _where(images, parameters.solarize, lambda x, _: solarize(x, view.solarize_threshold))
+    return images
+
+
+def _color_one(image: Tensor, parameters: Parameters, view: View) -> None:
+    """`color` of one image (3, s, s) float32 from 0 to 255 on a CPU, in place."""
+    amounts = (view.brightness, view.contrast, view.saturation, view.hue)
+    order = parameters.orders[0].tolist() if parameters.jitter[0] else []
+    color_image(
+        image,
+        [(OPERATIONS[i], float(parameters.factors[0, i])) for i in order if amounts[i] > 0],
+        bool(parameters.grayscale[0]),
+        float(parameters.sigmas[0]),
+        _widest(view.size),
+        view.solarize_threshold if parameters.solarize[0] else None,
+        white=255.0,
+    )
 
 
 def _where(
@@ -454,9 +442,18 @@ def finish(
 
         return augment_triton(crops, [parameters], [view], IMAGENET_MEAN, IMAGENET_STD, dtype, whole=True)[0]
     images = crops.float() if out is None else out.copy_(crops)
-    color(images.mul_(1 / 255), parameters, view)
-    mean, scale = _constants(images.device)
-    return images.sub_(mean).mul_(scale).to(dtype)
+    if len(images) == 1 and images.device.type == "cpu":
+        _color_one(images[0], parameters, view)
+        mean, scale = _of_bytes()
+        return images.sub_(mean).mul_(scale).to(dtype)
+    return images.copy_(normalize(color(images.mul_(1 / 255), parameters, view))).to(dtype)
+
+
+@cache
+def _of_bytes() -> tuple[Tensor, Tensor]:
+    """The mean and inverse deviation of ImageNet's pixels from 0 to 255, (3, 1, 1) each."""
+    mean, std = (255 * np.array(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy((1 / std).astype(np.float32))
 
 
 def eval_image(image: np.ndarray, size: int, crop_pct: float | None = None) -> np.ndarray:

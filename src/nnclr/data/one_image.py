@@ -21,16 +21,18 @@ def color_image(
     sigma: float,
     half: int,
     threshold: float | None,
+    white: float = 1.0,
 ) -> None:
     """Jitter, then grayscale, blur and solarise, in place: `augment.color` of one image on a CPU.
 
     Args:
-        image: (3, s, s) float32 in [0, 1].
+        image: (3, s, s) float32 in [0, white].
         operations: names and factors of the jitter, in order.
         grayscale: whether to take the colour away.
         sigma: of the blur, 0 for none.
         half: taps of the blur on either side, at most.
-        threshold: of solarise, None for none.
+        threshold: of solarise as a share of white, None for none.
+        white: 255 spares bytes the pass that makes them numbers up to 1.
     """
     luma = _luma()
     for name, factor in operations:
@@ -44,15 +46,15 @@ def color_image(
             image.mul_(factor).add_(mean.mul_(1 - factor))
         else:
             image.lerp_((luma @ image.flatten(1)).view(image.shape[1:]), 1 - factor)
-        if factor > 1:  # otherwise the result lies between numbers in [0, 1]
-            image.clamp_(0, 1)
+        if factor > 1:  # otherwise the result lies between numbers in [0, white]
+            image.clamp_(0, white)
     if grayscale:
         image.copy_((luma @ image.flatten(1)).view(image.shape[1:]))
     if sigma > 0:
         blur_image(image, sigma, half, alike=grayscale)
     if threshold is not None:
         # Comparing in place gives zeros and ones at once; a mask of bools takes ten times as long.
-        image.lerp_(1 - image, image.clone().ge_(threshold))
+        image.lerp_(white - image, image.clone().ge_(threshold * white))
 
 
 @cache
@@ -76,16 +78,16 @@ def hue_image(image: Tensor, turns: float) -> None:
     torch.maximum(high, blue, out=high)
     low = torch.minimum(red, green)
     torch.minimum(low, blue, out=low)
-    share, middle = (high - low).mul_(0.5 - abs(turn)), (high + low).mul_(0.5)
+    chroma, middle, share = high - low, torch.lerp(low, high, 0.5), 0.5 - abs(turn)
     last = red.clone()
     red.sub_(green)
     green.sub_(blue)
     blue.sub_(last)
-    sides = image.sign().mul_(share)
+    sides = image.sign()
     red_side, green_side, blue_side = sides if turn >= 0 else (sides[0], sides[2], sides[1])
-    red.add_(green_side)
-    green.add_(blue_side)
-    blue.add_(red_side)
+    red.addcmul_(green_side, chroma, value=share)
+    green.addcmul_(blue_side, chroma, value=share)
+    blue.addcmul_(red_side, chroma, value=share)
     image.add_(middle).clamp_(low, high)
 
 
@@ -102,10 +104,11 @@ def blur_image(image: Tensor, sigma: float, half: int, alike: bool = False) -> N
     indices, offsets = _reflected(len(made), image.shape[1], half)
     weights = torch.from_numpy(kernel / kernel.sum()).expand(len(offsets), -1).flatten()
     for _ in range(2):
-        rows = made.contiguous().view(-1, image.shape[1])
+        rows = made.view(-1, image.shape[1])
         summed = F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights)
-        made = summed.view_as(made).mT
-    image.copy_(made)
+        made.copy_(summed.view_as(made).mT)
+    if alike:
+        image[1:] = made
 
 
 @cache
