@@ -99,10 +99,10 @@ def blur_image(image: Tensor, sigma: float, half: int, alike: bool = False) -> N
     channels that are all alike one is blurred.
     """
     half = min(half, max(1, math.ceil(_WIDEST_SIGMA * sigma - 0.5)))
-    kernel = np.exp(-0.5 * (np.arange(-half, half + 1, dtype=np.float32) / np.float32(sigma)) ** 2)
     made = image[:1] if alike else image
-    indices, offsets = _reflected(len(made), image.shape[1], half)
-    weights = torch.from_numpy(kernel / kernel.sum()).expand(len(offsets), -1).flatten()
+    squares, indices, offsets = _reflected(len(made), image.shape[1], half)
+    kernel = torch.softmax(squares * (-0.5 / sigma**2), 0)
+    weights = kernel.float().repeat(len(offsets))
     for _ in range(2):
         rows = made.view(-1, image.shape[1])
         summed = F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights)
@@ -112,9 +112,13 @@ def blur_image(image: Tensor, sigma: float, half: int, alike: bool = False) -> N
 
 
 @cache
-def _reflected(planes: int, rows: int, half: int) -> tuple[Tensor, Tensor]:
-    """Which rows of stacked planes are added up for each row, reflected at the border, and where each begins."""
-    within = np.abs(np.arange(rows)[:, None] + np.arange(-half, half + 1))
+def _reflected(planes: int, rows: int, half: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The squared distances of the taps; which of stacked planes' rows they are for each row; where each row's begin.
+
+    Planes are reflected at their borders.
+    """
+    taps = np.arange(-half, half + 1)
+    within = np.abs(np.arange(rows)[:, None] + taps)
     within = np.minimum(within, 2 * (rows - 1) - within)
     indices = (rows * np.arange(planes)[:, None, None] + within).flatten()
-    return torch.from_numpy(indices), torch.arange(0, len(indices), 2 * half + 1)
+    return torch.from_numpy(taps**2.0), torch.from_numpy(indices), torch.arange(0, len(indices), len(taps))
