@@ -110,6 +110,29 @@ GOOD = {
 }
 
 
+def test_ways_of_making_intervals_are_told_apart(tmp_path):
+    """One line where all are made alike; otherwise a line a way, with what it is said of."""
+
+    def told(*changes):
+        path = tmp_path / "results.jsonl"
+        path.write_text("".join(json.dumps({**GOOD, **change}) + "\n" for change in changes))
+        return [line for line in compare([str(path)]).splitlines()[1:] if line and not line.startswith("|")]
+
+    wilson = {"interval_method": "over images, Wilson"}
+    episodes = {"interval_method": "over episodes", "protocol": "few-shot"}
+    without = {"interval": None, "interval_method": "none", "protocol": "label-free"}
+    assert told(wilson, {**wilson, "protocol": "logistic"}, without) == ["Intervals: over images, Wilson."]
+    assert told(without) == []
+    assert told(wilson, episodes, {"protocol": "old"}) == [
+        "- Intervals over images, Wilson: retrieval, m, 1 images of m.",
+        "- Intervals over episodes: few-shot, m, 1 images of m.",
+        "- Intervals of a method that the record does not name: old, m, 1 images of m.",
+    ]
+    sets = [{"title": t, "value": 0.5, "interval": [0.4, 0.6], "interval_method": t} for t in ("A", "B")]
+    transfer = {"protocol": "transfer", "parameters": {"by": "logistic"}, "details": {"sets": sets}}
+    assert told(transfer) == [f"- Intervals {t}: transfer by logistic, {t}." for t in ("A", "B")]
+
+
 @pytest.mark.parametrize(
     "odd",
     [

@@ -109,6 +109,7 @@ def test_a_preset_may_be_a_file_of_ones_own(tmp_path):
         ({"fsdp": True}, "fsdp=True needs optimizer=adamw: that of lars does not work"),
         ({"fsdp": True, "optimizer": "sgd"}, "fsdp=True needs optimizer=adamw: that of sgd does not work"),
         ({"fsdp": True, "optimizer": "adamw", "grad_cache": 8}, "fsdp=True and grad_cache exclude each other"),
+        ({"batch_size": 64, "grad_cache": 65}, "grad_cache=65 is above batch_size=64; leave it out"),
         ({"jitter_strengths": (0.4, 0.4, 0.4)}, "jitter_strengths=.* must be four numbers from 0 on"),
         ({"jitter_strengths": (0.4, 0.4, 0.4, 0.6)}, "hue, the last at most 0.5"),
         ({"jitter_strengths": (0.4, -0.1, 0.4, 0.1)}, "jitter_strengths=.* must be four numbers from 0 on"),

@@ -97,6 +97,10 @@ def test_a_run_is_told_in_words(tmp_path, pictures, tiny, capsys):
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("\nepochs = ", "\nepochs = 1"))
     assert lines_of(run, capsys)[0]["to go on"] == f"the same command goes on from step {total}"
+    newer = f"              so far as it was logged; the newest checkpoint is of step {total}"
+    assert newer not in lines_of(run, capsys)[1]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics if line["step"] < total))
+    assert newer in lines_of(run, capsys)[1]
     for folder in ("checkpoints", "encoder"):
         shutil.rmtree(run / folder)
     told, _ = lines_of(run, capsys)

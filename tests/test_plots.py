@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from nnclr.plots import MOST_POINTS, Line, line_drawing, thinned
+from nnclr import plots
+from nnclr.plots import MOST_POINTS, Line, draw_sweep, line_drawing, thinned
 
 
 def test_thinning_keeps_ends_and_extremes():
@@ -74,3 +75,16 @@ def test_a_drawing_is_the_pages_own():
 def test_without_matplotlib_nothing_is_drawn(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert line_drawing([Line([(0, 1)])], "x") is None
+
+
+def test_the_bars_of_a_sweep_end_at_0_and_100(tmp_path, monkeypatch):
+    """The interval of the mean of two seeds may be wider than what an accuracy can be."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    rows = [
+        {"values": [m], "mean": m, "interval": half} for m, half in ((0.9, 0.4), (0.2, 0.7), (0.5, 0.1), (0.3, None))
+    ]
+    draw_sweep(tmp_path / "sweep.png", "k", list("abcd"), rows)
+    (bars,) = figures[0].axes[0].containers[0].lines[2]
+    ends = [(low, high) for (_, low), (_, high) in bars.get_segments()]
+    np.testing.assert_allclose(ends, [(50, 100), (0, 90), (40, 60), (30, 30)])

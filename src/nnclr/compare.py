@@ -24,6 +24,7 @@ class Measured:
     what: str  # a column: protocol, metric and images
     value: float
     interval: tuple[float, float] | None
+    method: str  # what the interval is over, and how it was made
 
 
 def compare(paths: list[str], out: Path | None = None) -> str:
@@ -54,7 +55,7 @@ def compare(paths: list[str], out: Path | None = None) -> str:
         lines = _table("measured", columns, rows, {(column, row): text for (row, column), text in cells.items()})
     else:
         lines = _table("encoder", rows, columns, cells)
-    table = f"{_FIRST}\n\n" + "\n".join(lines) + "\n"
+    table = "\n".join([_FIRST, "", *lines, "", *_methods(list(latest.values()))]).rstrip("\n") + "\n"
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,17 @@ def _refuse_others(out: Path) -> None:
 def _table(corner: str, rows: list[str], columns: list[str], cells: dict[tuple[str, str], str]) -> list[str]:
     head = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     return head + [f"| {row} | {' | '.join(cells[row, column] for column in columns)} |" for row in rows]
+
+
+def _methods(found: list[Measured]) -> list[str]:
+    """What the intervals are over, which differs between protocols, with the columns it is said of."""
+    columns: dict[str, dict[str, None]] = {}
+    for measured in found:
+        if measured.interval is not None:
+            columns.setdefault(measured.method, {})[measured.what] = None
+    if len(columns) == 1:
+        return [f"Intervals: {method}." for method in columns]
+    return [f"- Intervals {method}: {'; '.join(sorted(whats))}." for method, whats in columns.items()]
 
 
 def _read(path: Path) -> list[Measured]:
@@ -109,10 +121,10 @@ def _read(path: Path) -> list[Measured]:
 
 def _figures(record: dict[str, Any], encoder: str) -> list[Measured]:
     """The figures of a record: one, or one a data set of a transfer."""
-    parameters, protocol, interval = record["parameters"], record["protocol"], record.get("interval")
+    parameters, protocol = record["parameters"], record["protocol"]
     if protocol == "transfer":
         return [
-            _measured(encoder, f"transfer by {parameters['by']}, {row['title']}", row["value"], row["interval"])
+            _measured(encoder, f"transfer by {parameters['by']}, {row['title']}", row)
             for row in record["details"]["sets"]
         ]
     if protocol == "knn":
@@ -122,15 +134,17 @@ def _figures(record: dict[str, Any], encoder: str) -> list[Measured]:
     elif protocol == "linear" and parameters["augmentation"] != "none":
         protocol += " with augmentation"
     what = f"{protocol}, {record['metric']}, {record['n_test']} images of {record['test']}"
-    return [_measured(encoder, what, record["value"], interval)]
+    return [_measured(encoder, what, record)]
 
 
-def _measured(encoder: str, what: str, value: Any, interval: Any) -> Measured:
-    """A figure whose numbers are numbers; ValueError or TypeError where they are not."""
+def _measured(encoder: str, what: str, record: dict[str, Any]) -> Measured:
+    """A figure whose numbers are numbers; ValueError, TypeError or KeyError where they are not."""
+    value, interval = record["value"], record.get("interval")
     low, high = (value, value) if interval is None else interval
     if not all(type(number) in (int, float) and math.isfinite(number) for number in (value, low, high)):
         raise ValueError
-    return Measured(encoder, what, value, None if interval is None else (low, high))
+    method = str(record.get("interval_method", "of a method that the record does not name"))
+    return Measured(encoder, what, value, None if interval is None else (low, high), method)
 
 
 def _cell(measured: Measured | None) -> str:
@@ -143,8 +157,8 @@ def _cell(measured: Measured | None) -> str:
 def _csv(found: list[Measured]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["encoder", "what", "value", "low", "high"])
+    writer.writerow(["encoder", "what", "value", "low", "high", "interval"])
     for m in found:
         low, high = m.interval or ("", "")
-        writer.writerow([m.encoder, m.what, m.value, low, high])
+        writer.writerow([m.encoder, m.what, m.value, low, high, "" if m.interval is None else m.method])
     return text.getvalue()

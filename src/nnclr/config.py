@@ -190,6 +190,8 @@ class Config:
             raise InputError(f"fsdp=True needs optimizer=adamw: that of {self.optimizer} does not work on shares")
         if self.fsdp and self.grad_cache is not None:
             raise InputError("fsdp=True and grad_cache exclude each other; recompute goes with both")
+        if self.grad_cache is not None and self.grad_cache > self.batch_size:
+            raise InputError(f"grad_cache={self.grad_cache} is above batch_size={self.batch_size}; leave it out")
         if self.neighbour in ("kth", "random", "soft") and self.neighbour_k is None:
             raise InputError(f"neighbour={self.neighbour} needs a neighbour_k: how many neighbours it is about")
         strengths = self.jitter_strengths

@@ -67,13 +67,15 @@ def _run(path: Path) -> Iterator[str]:
     from nnclr import findings
     from nnclr.data.images import safe, shown
 
-    record = findings.read_record(path)
+    record, steps = findings.read_record(path), _checkpoints(path)
     yield f"run           {shown(path)}"
     yield f"trained       {safe(findings.what(record).text)}"
+    if steps and steps[0] > record.step:
+        yield f"              so far as it was logged; the newest checkpoint is of step {steps[0]:,}"
     yield f"last metrics  {_metrics(record)}"
     for number, line in enumerate(_latest(record.evaluations) or ["none"]):
         yield f"{'' if number else 'evaluations':<14}{line}"
-    yield from _kept(record)
+    yield from _kept(record, steps)
     for text in record.missing:
         yield f"damaged       {safe(text)}"
     yield "settings"
@@ -122,13 +124,18 @@ def _latest(evaluations: list[dict[str, Any]]) -> list[str]:
     return list(latest.values())[-_MOST:]
 
 
-def _kept(record: "Record") -> Iterator[str]:
-    """Checkpoints and encoder, and what the same command would do."""
+def _checkpoints(path: Path) -> list[int]:
+    """The steps of a run's whole checkpoints, the newest first."""
     from nnclr.checkpoint import committed
+
+    return [int(path.name[5:]) for path in committed(path / "checkpoints") if (path / "manifest.json").is_file()]
+
+
+def _kept(record: "Record", steps: list[int]) -> Iterator[str]:
+    """Checkpoints and encoder, and what the same command would do."""
     from nnclr.data.images import shown
 
     folder, encoder = record.path / "checkpoints", record.path / "encoder"
-    steps = [int(path.name[5:]) for path in committed(folder) if (path / "manifest.json").is_file()]
     if steps:
         yield f"checkpoints   {', '.join(f'step {step}' for step in steps)} in {shown(folder)}; nnclr verify reads them"
     else:

@@ -192,8 +192,10 @@ def draw_sweep(path: Path, title: str, labels: list[str], rows: list[dict[str, A
         return
     figure = Figure(figsize=(max(4.0, 1.1 * len(rows) + 2), 4), layout="constrained")
     panel = figure.subplots()
-    spread = [100 * (row["interval"] or 0.0) for row in rows]
-    panel.errorbar(range(len(rows)), [100 * row["mean"] for row in rows], yerr=spread, fmt="o", capsize=4)
+    means = [100 * row["mean"] for row in rows]
+    halves = [100 * (row["interval"] or 0.0) for row in rows]  # of two seeds it may pass either end
+    spread = [[min(half, abs(mean - end)) for half, mean in zip(halves, means, strict=True)] for end in (0, 100)]
+    panel.errorbar(range(len(rows)), means, yerr=spread, fmt="o", capsize=4)
     for position, row in enumerate(rows):
         panel.plot([position] * len(row["values"]), [100 * v for v in row["values"]], ".", color="grey", alpha=0.6)
     panel.set_xticks(range(len(rows)), labels, rotation=30 if len(rows) > 5 else 0)

@@ -281,6 +281,9 @@ def test_unreadable_images_are_left_out_and_said(tmp_path, encoder):
     result = nnclr.evaluate(encoder, str(tmp_path), str(tmp_path), k=3, say=said.append)
     assert result.n_test == 12
     assert any("1 of 13 images" in line for line in said)
+    said.clear()
+    assert nnclr.evaluate(encoder, str(tmp_path), protocol="label-free", say=said.append).n_test == 12
+    assert said == [next(line for line in said if "1 of 13 images" in line)]
 
 
 def test_scoring_what_was_learned_from_is_said(encoder, clouds):

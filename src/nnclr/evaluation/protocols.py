@@ -170,12 +170,10 @@ def label_free(task: Task) -> Outcome:
     if task.test is not None:
         raise InputError("label-free measures the images of DATA alone; leave the test images out")
     source = open_source(task.data)
-    vectors = task.embedded(source)
-    readable = np.isfinite(vectors[:, 0])
-    features = vectors if readable.all() else vectors[readable]
+    features, rows = task.readable(source)
     if len(features) < 2:
         raise InputError(f"{source.name} has {len(features)} readable images; label-free measures need two")
-    chosen = np.flatnonzero(readable)[counter.permutation(task.seed, 2, len(features))[:_VIEWED]]
+    chosen = rows[counter.permutation(task.seed, 2, len(features))[:_VIEWED]]
     views = _views(task, source.subset(np.sort(chosen)))
     details = measure_label_free(features, views)
     parameters = {

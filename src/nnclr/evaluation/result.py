@@ -123,6 +123,7 @@ def append(result: Result, path: Path) -> None:
 
 
 WILSON = "over images of the test set, Wilson"
+BOOTSTRAP = "over images of the test set, bootstrap"
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:

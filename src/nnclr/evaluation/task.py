@@ -106,14 +106,25 @@ class Task:
         labels = source.labels if source.multilabels is None else source.multilabels
         if labels is None:
             raise InputError(no_labels(source))
+        vectors, rows = self.readable(source)
+        return (vectors, labels) if len(rows) == len(labels) else (vectors, labels[rows])
+
+    def readable(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
+        """Features (n, d) float32 of the images that can be read, and their rows (n,) in the source.
+
+        Raises:
+            DataError: if no image can be read.
+            NonFiniteError: if the features of all images are not finite.
+        """
         vectors = self.embedded(source)
-        readable = np.isfinite(vectors[:, 0])  # the row of an image that cannot be read is NaN as a whole
-        if not readable.any():
+        rows = np.flatnonzero(np.isfinite(vectors[:, 0]))  # the row of an image that cannot be read is NaN as a whole
+        if not len(rows):
             raise NonFiniteError(f"no image of {source.name} gives finite features: the network has diverged")
-        if readable.all():
-            return vectors, labels
-        self.warn(f"{int((~readable).sum())} of {len(source)} images of {source.name} cannot be read and are left out")
-        return vectors[readable], labels[readable]
+        if len(rows) == len(vectors):
+            return vectors, rows
+        unread = len(vectors) - len(rows)
+        self.warn(f"{unread} of {len(source)} images of {source.name} cannot be read and are left out")
+        return vectors[rows], rows
 
 
 def _check_classes(source: Source) -> None:

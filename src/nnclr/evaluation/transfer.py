@@ -15,7 +15,7 @@ from nnclr.errors import InputError
 from nnclr.evaluation.finetune import choose_and_train, targets_of
 from nnclr.evaluation.logistic import STRENGTHS, logistic_regression
 from nnclr.evaluation.metrics import bootstrap_interval, map_11, mean_per_class, top1
-from nnclr.evaluation.result import wilson_interval
+from nnclr.evaluation.result import BOOTSTRAP, WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task
 
 FINETUNE_RATES = (0.02, 0.1, 0.5)
@@ -174,8 +174,10 @@ def _row(
     by: str,
 ) -> dict[str, Any]:
     value = score_of(known.metric)(scores, targets)
+    method = BOOTSTRAP
     if known.metric == "top-1 accuracy":
         low, high = wilson_interval(value, len(targets))
+        method = WILSON
     elif known.metric == "11-point mAP":
         low, high = bootstrap_interval(map_11, scores, targets, seed=task.seed, draws=200)
     else:
@@ -186,6 +188,7 @@ def _row(
         "metric": known.metric,
         "value": value,
         "interval": [low, high],
+        "interval_method": method,
         "n_train": n_train,
         "n_test": len(targets),
         "chosen": chosen,
