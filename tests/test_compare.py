@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -7,14 +8,23 @@ import nnclr
 from nnclr.cli import main
 from nnclr.compare import compare
 from nnclr.errors import InputError
+from tests.settings import TINY
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, pictures):
+    """Two runs, which each test gets a copy of."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, objective in (("one", "nnclr"), ("two", "simclr")):
+        own = {} if objective == "nnclr" else {"support_set_size": None, "predictor_hidden_dim": 4096}
+        nnclr.pretrain(pictures, folder / name, **{**TINY, "epochs": 1, "objective": objective, **own})
+    return folder
 
 
 @pytest.fixture
-def runs(tmp_path, pictures, tiny, monkeypatch):
+def runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, objective in (("one", "nnclr"), ("two", "simclr")):
-        own = {} if objective == "nnclr" else {"support_set_size": None, "predictor_hidden_dim": 4096}
-        nnclr.pretrain(pictures, name, **{**tiny, "epochs": 1, "objective": objective, **own})
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -111,7 +121,7 @@ GOOD = {
 
 
 def test_ways_of_making_intervals_are_told_apart(tmp_path):
-    """One line where all are made alike; otherwise a line a way, with what it is said of."""
+    """That of most figures first, then the others with what they are said of."""
 
     def told(*changes):
         path = tmp_path / "results.jsonl"
@@ -123,14 +133,43 @@ def test_ways_of_making_intervals_are_told_apart(tmp_path):
     without = {"interval": None, "interval_method": "none", "protocol": "label-free"}
     assert told(wilson, {**wilson, "protocol": "logistic"}, without) == ["Intervals: over images, Wilson."]
     assert told(without) == []
-    assert told(wilson, episodes, {"protocol": "old"}) == [
-        "- Intervals over images, Wilson: retrieval, m, 1 images of m.",
-        "- Intervals over episodes: few-shot, m, 1 images of m.",
-        "- Intervals of a method that the record does not name: old, m, 1 images of m.",
+    assert told(episodes, wilson, {**wilson, "protocol": "logistic"}, {"protocol": "old"}) == [
+        "Intervals: over images, Wilson; few-shot: over episodes; old: of a method that the record does not name."
     ]
     sets = [{"title": t, "value": 0.5, "interval": [0.4, 0.6], "interval_method": t} for t in ("A", "B")]
     transfer = {"protocol": "transfer", "parameters": {"by": "logistic"}, "details": {"sets": sets}}
-    assert told(transfer) == [f"- Intervals {t}: transfer by logistic, {t}." for t in ("A", "B")]
+    assert told(transfer) == ["Intervals: A; transfer by logistic, B: B."]
+
+
+def test_what_was_measured_in_another_way_stands_apart(tmp_path):
+    """By what differs; what is chosen for an encoder, as learning rates are, and seeds make no difference."""
+
+    def columns(*changes):
+        path = tmp_path / "results.jsonl"
+        path.write_text("".join(json.dumps({**GOOD, **change}) + "\n" for change in changes))
+        heads = [line for line in compare([str(path)]).splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in heads if not line.startswith("|---")]
+        return rows[0][1:] if rows[0][0] == "encoder" else [row[0] for row in rows[1:]]
+
+    def linear(rate, epochs=80):
+        parameters = {"augmentation": "none", "epochs": epochs, "batch_size": 8, "learning_rate": rate}
+        return {"protocol": "linear", "parameters": parameters}
+
+    same = "linear, m, 1 images of m"
+    assert columns(linear(0.1), {**linear(0.2), "seed": 3, "encoder_name": "f"}) == [same]
+    assert columns(linear(0.1), linear(0.1, epochs=1)) == [f"{same} (epochs 1)", f"{same} (epochs 80)"]
+    images = [{"test_fingerprint": letter * 64} for letter in "ab"]
+    assert columns(*images) == [f"retrieval, m, 1 images of m (images scored {letter * 8})" for letter in "ab"]
+
+
+def test_figures_of_several_steps_say_so(tmp_path):
+    for name, steps in (("one", (200, 200)), ("two", (200, 220))):
+        (tmp_path / name).mkdir()
+        lines = [{**GOOD, "step": step, "metric": metric} for step, metric in zip(steps, "mn", strict=True)]
+        (tmp_path / name / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = compare([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert table.count("50.0 (40.0-60.0) |") == 2
+    assert table.count("50.0 (40.0-60.0) at step 200 |") == table.count("50.0 (40.0-60.0) at step 220 |") == 1
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_a_run_is_told_in_words(tmp_path, pictures, tiny, capsys):
     assert told["last metrics"].startswith(f"step {total}: loss {last['loss']:.3f}, chance {last['loss_chance']:.2f}, ")
     low, high = evaluations[-1]["interval"]
     percent = f"{100 * evaluations[-1]['value']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-    assert told["evaluations"].startswith(f"step {total}: knn top-1 accuracy {percent}, ")
-    assert sum("knn top-1 accuracy" in line for line in lines) == 1  # the latest alone
+    assert told["evaluations"].startswith(f"step {total}: knn k=20 T=0.07, top-1 accuracy {percent}, ")
+    assert sum("top-1 accuracy" in line for line in lines) == 1  # the latest alone
     assert told["checkpoints"].startswith(f"step {total}")
     assert told["encoder"] == str(run / "encoder")
     assert told["to go on"] == "it is finished; --extend-epochs lengthens it"
@@ -93,6 +93,11 @@ def test_a_run_is_told_in_words(tmp_path, pictures, tiny, capsys):
         f"  {line}" for line in (run / "config.toml").read_text().splitlines()
     ]
     assert not any("{" in line for line in lines)
+
+    others = [{**evaluations[-1], "parameters": {**evaluations[-1]["parameters"], "k": k}} for k in (1, 5, 5)]
+    with open(run / "evaluations.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in others))
+    assert [f"k={k} " in line for k, line in zip((20, 1, 5), lines_of(run, capsys)[1][3:6], strict=True)] == [True] * 3
 
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("\nepochs = ", "\nepochs = 1"))
@@ -120,7 +125,7 @@ def test_a_run_of_a_stranger_is_told_without_harm(tmp_path, capsys):
     assert "\x07" not in "".join(lines)
     assert told["last metrics"] == "step 3"
     assert "50.0 %" in told["evaluations"]
-    assert told["damaged"]
+    assert told["note"]
 
 
 def test_what_is_left_out_of_a_folder_is_named(tmp_path, capsys):

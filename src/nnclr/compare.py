@@ -4,10 +4,11 @@ import csv
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nnclr import comparable
 from nnclr.checkpoint import write_atomically
 from nnclr.errors import InputError
 from nnclr.plots import draw_comparison
@@ -25,6 +26,8 @@ class Measured:
     value: float
     interval: tuple[float, float] | None
     method: str  # what the interval is over, and how it was made
+    asked: dict[str, Any]  # what figures of one column agree in
+    step: int | None  # of the run
 
 
 def compare(paths: list[str], out: Path | None = None) -> str:
@@ -44,13 +47,12 @@ def compare(paths: list[str], out: Path | None = None) -> str:
         raise InputError(f"--out {out} is a file; name a folder for the table and the plot")
     if out is not None:
         _refuse_others(out)
-    latest: dict[tuple[str, str], Measured] = {}
-    for path in paths:
-        for measured in _read(Path(path)):
-            latest[measured.encoder, measured.what] = measured
+    found = _told_apart([measured for path in paths for measured in _read(Path(path))])
+    latest = {(measured.encoder, measured.what): measured for measured in found}
     rows = list(dict.fromkeys(encoder for encoder, _ in latest))
     columns = sorted(dict.fromkeys(what for _, what in latest))
-    cells = {(row, column): _cell(latest.get((row, column))) for row in rows for column in columns}
+    steps = {row: {m.step for (encoder, _), m in latest.items() if encoder == row} for row in rows}
+    cells = {(row, column): _cell(latest.get((row, column)), len(steps[row]) > 1) for row in rows for column in columns}
     if len(columns) > len(rows):
         lines = _table("measured", columns, rows, {(column, row): text for (row, column), text in cells.items()})
     else:
@@ -81,15 +83,29 @@ def _table(corner: str, rows: list[str], columns: list[str], cells: dict[tuple[s
     return head + [f"| {row} | {' | '.join(cells[row, column] for column in columns)} |" for row in rows]
 
 
+def _told_apart(found: list[Measured]) -> list[Measured]:
+    """What is called the same and was measured in another way, by what it differs in."""
+    named: dict[str, dict[str, dict[str, Any]]] = {}
+    for measured in found:
+        named.setdefault(measured.what, {})[json.dumps(measured.asked, sort_keys=True)] = measured.asked
+    names = {}
+    for what, ways in named.items():
+        for way, text in zip(ways, comparable.differences(ways.values()), strict=True):
+            names[what, way] = f"{what} ({text})" if text else what
+    return [replace(m, what=names[m.what, json.dumps(m.asked, sort_keys=True)]) for m in found]
+
+
 def _methods(found: list[Measured]) -> list[str]:
-    """What the intervals are over, which differs between protocols, with the columns it is said of."""
+    """What the intervals are over, which differs between protocols: that of most figures, then the others and where."""
     columns: dict[str, dict[str, None]] = {}
     for measured in found:
         if measured.interval is not None:
-            columns.setdefault(measured.method, {})[measured.what] = None
-    if len(columns) == 1:
-        return [f"Intervals: {method}." for method in columns]
-    return [f"- Intervals {method}: {'; '.join(sorted(whats))}." for method, whats in columns.items()]
+            protocol = str(measured.asked["protocol"])
+            name = measured.what if protocol == "transfer" else protocol
+            columns.setdefault(measured.method, {})[name] = None
+    ways = sorted(columns, key=lambda method: -sum(m.method == method for m in found))
+    others = [f"{', '.join(columns[method])}: {method}" for method in ways[1:]]
+    return [f"Intervals: {'; '.join([ways[0], *others])}."] if ways else []
 
 
 def _read(path: Path) -> list[Measured]:
@@ -121,37 +137,35 @@ def _read(path: Path) -> list[Measured]:
 
 def _figures(record: dict[str, Any], encoder: str) -> list[Measured]:
     """The figures of a record: one, or one a data set of a transfer."""
-    parameters, protocol = record["parameters"], record["protocol"]
-    if protocol == "transfer":
+    if record["protocol"] == "transfer":
+        by, step = record["parameters"]["by"], record.get("step")
         return [
-            _measured(encoder, f"transfer by {parameters['by']}, {row['title']}", row)
+            _measured(
+                encoder, f"transfer by {by}, {row['title']}", {**row, "step": step}, comparable.asked(record | row)
+            )
             for row in record["details"]["sets"]
         ]
-    if protocol == "knn":
-        protocol += f" k={parameters['k']} T={parameters['temperature']}"
-    elif protocol == "finetune":
-        protocol += f" {100 * parameters['fraction']:.3g} % of the labels"
-    elif protocol == "linear" and parameters["augmentation"] != "none":
-        protocol += " with augmentation"
-    what = f"{protocol}, {record['metric']}, {record['n_test']} images of {record['test']}"
-    return [_measured(encoder, what, record)]
+    what = f"{comparable.title(record)}, {record['n_test']} images of {record['test']}"
+    return [_measured(encoder, what, record, comparable.asked(record))]
 
 
-def _measured(encoder: str, what: str, record: dict[str, Any]) -> Measured:
+def _measured(encoder: str, what: str, record: dict[str, Any], asked: dict[str, Any]) -> Measured:
     """A figure whose numbers are numbers; ValueError, TypeError or KeyError where they are not."""
-    value, interval = record["value"], record.get("interval")
+    value, interval, step = record["value"], record.get("interval"), record.get("step")
     low, high = (value, value) if interval is None else interval
     if not all(type(number) in (int, float) and math.isfinite(number) for number in (value, low, high)):
         raise ValueError
     method = str(record.get("interval_method", "of a method that the record does not name"))
-    return Measured(encoder, what, value, None if interval is None else (low, high), method)
+    ends = None if interval is None else (low, high)
+    return Measured(encoder, what, value, ends, method, asked, step if type(step) is int else None)
 
 
-def _cell(measured: Measured | None) -> str:
+def _cell(measured: Measured | None, with_step: bool) -> str:
     if measured is None:
         return ""
     spread = "" if measured.interval is None else " ({:.1f}-{:.1f})".format(*(100 * v for v in measured.interval))
-    return f"{100 * measured.value:.1f}{spread}"
+    at = f" at step {measured.step}" if with_step and measured.step is not None else ""
+    return f"{100 * measured.value:.1f}{spread}{at}"
 
 
 def _csv(found: list[Measured]) -> str:

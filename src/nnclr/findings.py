@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
+from nnclr import comparable
 from nnclr.blotted import without_secrets
 from nnclr.bounded_toml import parse_toml
 from nnclr.errors import InputError
@@ -380,17 +381,9 @@ def _knn(record: Record) -> Iterator[Finding]:
 
 
 def same_measure(line: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of others that can stand beside one: same protocol, metric, parameters and images scored."""
-
-    def key(result: dict[str, Any]) -> str:
-        parameters = {name: value for name, value in result["parameters"].items() if name != "image_size"}
-        return json.dumps([parameters, *(result.get(k) for k in _COMPARED)], sort_keys=True)
-
-    latest = {str(other.get("encoder_name")): other for other in others if key(other) == key(line)}
-    return list(latest.values())
-
-
-_COMPARED = ("protocol", "metric", "test_fingerprint", "data_fingerprint", "n_test")
+    """The results of others that can stand beside one, the latest of each encoder."""
+    key = comparable.key(line)
+    return list({str(other.get("encoder_name")): other for other in others if comparable.key(other) == key}.values())
 
 
 def _neighbours(record: Record) -> Iterator[Finding]:

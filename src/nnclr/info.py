@@ -77,7 +77,7 @@ def _run(path: Path) -> Iterator[str]:
         yield f"{'' if number else 'evaluations':<14}{line}"
     yield from _kept(record, steps)
     for text in record.missing:
-        yield f"damaged       {safe(text)}"
+        yield f"note          {safe(text)}"
     yield "settings"
     for text in record.config_text.splitlines():
         yield f"  {safe(text)}"
@@ -109,18 +109,23 @@ def _metrics(record: "Record") -> str:
 
 def _latest(evaluations: list[dict[str, Any]]) -> list[str]:
     """The latest of each kind, as lines; the last few kinds."""
+    from nnclr import comparable
     from nnclr.data.images import safe
 
     latest: dict[str, str] = {}
     for line in evaluations:
-        of = f"{line.get('n_test')} images of {line.get('test')}"
-        kind = f"{line['protocol']} {line['metric']}"
-        latest.pop(f"{kind} {of}", None)
-        interval = (
+        low_high = (
             "" if line["interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in line["interval"]))
         )
+        try:
+            what = comparable.title(line)
+        except (KeyError, TypeError, ValueError):
+            what = f"{line['protocol']}, {line['metric']}"
+        key = comparable.key(line)
+        latest.pop(key, None)
         step = "" if line["step"] is None else f"step {line['step']}: "
-        latest[f"{kind} {of}"] = safe(f"{step}{kind} {100 * line['value']:.1f} %{interval}, {of}")
+        of = f"{line.get('n_test')} images of {line.get('test')}"
+        latest[key] = safe(f"{step}{what} {100 * line['value']:.1f} %{low_high}, {of}")
     return list(latest.values())[-_MOST:]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from nnclr import comparable
 from nnclr.checkpoint import write_atomically
 from nnclr.errors import InputError
 from nnclr.findings import (
@@ -349,10 +350,7 @@ def _evaluations(record: Record) -> str:
             "<p>Nothing was evaluated: kNN accuracy needs labels, and <code>nnclr evaluate</code> measures with a "
             "labelled data set of your choice.</p>"
         )
-    latest = {}
-    for line in record.evaluations:
-        key = json.dumps([line[k] for k in ("protocol", "metric", "parameters")] + [line.get("test_fingerprint")])
-        latest[key] = line
+    latest = {comparable.key(line): line for line in record.evaluations}
     rows, shown = [], []
     for line in latest.values():
         beside = same_measure(line, record.baselines)
