@@ -79,6 +79,7 @@ def test_a_run_is_told_in_words(tmp_path, pictures, tiny, capsys):
         for name in ("metrics", "evaluations")
     )
     last, total = metrics[-1], metrics[-1]["step"]
+    assert nnclr.Run(str(run)).metrics == metrics
     told, lines = lines_of(run, capsys)
     assert told["trained"].startswith(f"nnclr trained small-convnet on 120 images of array: step {total} of {total}, ")
     assert told["last metrics"].startswith(f"step {total}: loss {last['loss']:.3f}, chance {last['loss_chance']:.2f}, ")

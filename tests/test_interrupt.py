@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from nnclr.interrupt import StopRequest
+from nnclr.interrupt import StopRequest, raise_outside_imports
 
 TWICE = """
 import os, signal
@@ -92,3 +92,51 @@ def test_a_signal_while_the_finished_command_leaves_makes_no_failure_of_it(name)
 
     assert code("__main__.command()") == 0
     assert code("sys.exit(__main__.main())") == -signal.Signals[name]  # control
+
+
+SWALLOWING = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+except KeyboardInterrupt:  # as extension modules do, which then lack a part of themselves
+    pass
+"""
+IMPORTING = """
+import signal, sys
+from nnclr.interrupt import raise_outside_imports
+if sys.argv[1] == "ours":
+    signal.signal(signal.SIGINT, raise_outside_imports)
+import swallowing
+print("went on", flush=True)
+"""
+
+
+def test_ctrl_c_within_an_import_ends_the_process(tmp_path):
+    (tmp_path / "swallowing.py").write_text(SWALLOWING)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    for handler, expected in (("ours", (130, "")), ("Python's", (0, "went on\n"))):  # the second is the control
+        command = [sys.executable, "-c", IMPORTING, handler]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert (answer.returncode, answer.stdout) == expected, answer.stderr
+        assert ("nnclr: interrupted while it was loading\n" == answer.stderr) == (handler == "ours")
+    with pytest.raises(KeyboardInterrupt):
+        raise_outside_imports(signal.SIGINT, sys._getframe())
+
+
+COMMAND = """
+import signal, sys
+import nnclr.cli
+from nnclr.__main__ import command
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
+nnclr.cli.main = lambda: print(getattr(signal.getsignal(signal.SIGINT), "__name__", "ignored")) or 0
+command()
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "within"), [("default_int_handler", raise_outside_imports.__name__), ("SIG_IGN", "ignored")]
+)
+def test_the_command_answers_ctrl_c_itself_unless_it_is_ignored(before, within):
+    answer = subprocess.run([sys.executable, "-c", COMMAND, before], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout.strip()) == (0, within)

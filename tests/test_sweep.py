@@ -306,6 +306,23 @@ def test_a_failed_run_is_left_out_of_the_mean_and_tried_again(finished, spec, mo
             sweep.run_sweep(spec, finished, quiet=True)
 
 
+def test_ctrl_c_between_runs_is_no_loss(finished, spec, monkeypatch, capsys):
+    """It ends with 80, and the same command goes on; what is finished stays."""
+    before, pretrain = rows_of(finished), sweep.pretrain
+
+    def interrupted(data, out, **options):
+        if out.name.endswith("seed1"):
+            raise KeyboardInterrupt
+        return pretrain(data, out, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "pretrain", interrupted)
+        assert cli.main(["sweep", str(spec), "--out", str(finished)]) == 80
+    assert "finished runs are kept, run the same command again to go on" in capsys.readouterr().err
+    sweep.run_sweep(spec, finished, quiet=True)
+    assert [row["values"] for row in rows_of(finished)] == [row["values"] for row in before]
+
+
 def test_an_objective_may_lie_in_the_working_directory(spec, tmp_path, monkeypatch):
     (tmp_path / "objective_of_a_sweep.py").write_text("from nnclr import SimCLR\n\n\nclass Mine(SimCLR):\n    pass\n")
     text = spec.read_text().replace("predictor_hidden_dim = 8\nsupport_set_size = 20\n", "")

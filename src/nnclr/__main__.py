@@ -4,11 +4,17 @@ import os
 import signal
 import sys
 
-from nnclr.cli import main
+from nnclr.interrupt import raise_outside_imports
 
 
 def command() -> None:
     """Run the command of this process and leave with its exit code."""
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # and not ignored, as in the background of a shell
+        signal.signal(signal.SIGINT, raise_outside_imports)
+    from nnclr.cli import main
+
     code = main()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         # All is written, and Python takes a second to leave: a request to stop must not make a failure of it.

@@ -17,7 +17,7 @@ import tyro
 
 import nnclr
 from nnclr.arguments import parse
-from nnclr.errors import DataError, InputError, NNCLRError, StorageError, tell
+from nnclr.errors import DataError, InputError, NNCLRError, Stopped, StorageError, tell
 from nnclr.options import (
     Compare,
     Data,
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it leaves
         return 0
     except KeyboardInterrupt:
-        tell("nnclr: interrupted before there was anything to save")
+        began = arguments and arguments[0] not in ("pretrain", "demo")
+        tell(f"nnclr: interrupted before {'it was done' if began else 'there was anything to save'}")
         return 130
     return code
 
@@ -307,7 +308,13 @@ def sweep(options: Sweep) -> None:
     from nnclr.sweep import run_sweep
 
     spec = Path(options.spec)
-    table = run_sweep(spec, Path("runs") / f"sweep-{spec.stem}" if options.out is None else Path(options.out))
+    out = Path("runs") / f"sweep-{spec.stem}" if options.out is None else Path(options.out)
+    try:
+        table = run_sweep(spec, out)
+    except KeyboardInterrupt as error:  # between two runs: within one, it answers by itself
+        if not out.is_dir():
+            raise
+        raise Stopped("stopped by SIGINT; finished runs are kept, run the same command again to go on") from error
     print(f"\n{table.read_text()}\n{table}")
 
 

@@ -13,6 +13,21 @@ from typing import Any, Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def raise_outside_imports(number: int, frame: FrameType | None) -> None:
+    """Answer SIGINT by KeyboardInterrupt, or within an import by leaving at once with exit code 130.
+
+    Extension modules take the exception for a failure of theirs, or drop it: what they had begun to set up is then
+    missing for the rest of the process, or the request is.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            with suppress(OSError):
+                os.write(2, b"nnclr: interrupted while it was loading\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `asked` to their name instead of ending the process.
 

@@ -36,6 +36,9 @@ class Run:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that can be read."""

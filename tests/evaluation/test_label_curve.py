@@ -52,6 +52,11 @@ def test_words():
         "With 1 label a class the encoder is right in 62 %. A network trained from scratch needs 50 for that. "
         "A classifier of pixels needs more than 50 for that."
     )
+    assert in_words([point(1, 0.26, 0.3, 0.2), point(50, 0.4, 0.4, 0.5)], 0.25) == (
+        "With 1 label a class the encoder is right in 26 %, and guessing in 25 %. "
+        "With 50 a classifier of pixels is right in 50 %, the encoder in 40 %."
+    )
+    assert in_words([point(1, 0.62, 0.3, 0.2)], 0.25) == in_words([point(1, 0.62, 0.3, 0.2)])
 
 
 def test_too_few_images_are_one_sentence(pictures):

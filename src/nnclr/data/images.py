@@ -146,13 +146,17 @@ def array_source(
         class_names: one for each label; default their numbers.
 
     Raises:
-        InputError: for another dtype or shape, or labels that do not fit.
+        InputError: for another dtype or shape, one picture (h, w, 3), or labels that do not fit.
     """
     pixels = images.cpu().numpy() if is_tensor(images) else np.asarray(images)
     if pixels.dtype != np.uint8:
         raise InputError(f"images must be uint8 from 0 to 255, these are {pixels.dtype}")
     if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] not in (1, 3):
         pixels = pixels.transpose(0, 2, 3, 1)
+    if pixels.ndim == 3 and pixels.shape[2] == 3:  # else it would be read as many grey pictures of three columns
+        raise InputError(
+            f"an array of shape {tuple(images.shape)} looks like one picture; put it into a list: [picture]"
+        )
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or 0 in pixels.shape:

@@ -64,7 +64,8 @@ def open_source(data: Any) -> Source:
     if isinstance(data, (list, tuple)) and data and all(isinstance(part, (str, os.PathLike)) for part in data):
         return _files_source([os.fspath(part) for part in data])
     if not isinstance(data, (str, os.PathLike)):
-        raise InputError(f"data of type {type(data).__name__} is none of: {ACCEPTED}")
+        why = "; it is empty or of several kinds" if isinstance(data, (list, tuple)) else ""
+        raise InputError(f"data of type {type(data).__name__} is none of: {ACCEPTED}{why}")
     path = os.fspath(data)
     text, _, query = path.partition("?")
     if text.startswith("torchvision:"):

@@ -88,22 +88,33 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
         scored,
         used[-1] * len(np.unique(source.labels)),
         len(scored),
-        {"curve": curve, "in_words": in_words(curve)},
+        {"curve": curve, "in_words": in_words(curve, 1 / len(np.unique(source.labels)))},
     )
 
 
-def in_words(curve: list[dict[str, Any]]) -> str:
-    """From how many labels on a network from scratch, and pixels, do what the encoder does with the fewest."""
-    few, most = curve[0], curve[-1]["labels_per_class"]
+def in_words(curve: list[dict[str, Any]], chance: float = 0.0) -> str:
+    """From how many labels on a network from scratch, and pixels, do what the encoder does with the fewest.
+
+    Args:
+        curve: as in the result's details.
+        chance: share of right answers of who guesses.
+    """
+    few, most = curve[0], curve[-1]
     n, target = few["labels_per_class"], few["encoder"]["mean"]
+    last = most["labels_per_class"]
     sentences = [f"With {n} label{'s' if n > 1 else ''} a class the encoder is right in {100 * target:.0f} %."]
+    if target <= 1.1 * chance:  # what others need for that says nothing
+        sentences = [sentences[0].replace(" %.", f" %, and guessing in {100 * chance:.0f} %.")]
     for name, title in (
-        ("supervised", "A network trained from scratch needs"),
-        ("pixels", "A classifier of pixels needs"),
+        ("supervised", "A network trained from scratch"),
+        ("pixels", "A classifier of pixels"),
     ):
-        if name in few:
+        if name in few and target > 1.1 * chance:
             reached = [p["labels_per_class"] for p in curve if p[name]["mean"] >= target]
-            sentences.append(f"{title} {reached[0] if reached else f'more than {most}'} for that.")
+            sentences.append(f"{title} needs {reached[0] if reached else f'more than {last}'} for that.")
+        if name in few and most[name]["mean"] > most["encoder"]["mean"]:
+            theirs, ours = (f"{100 * most[who]['mean']:.0f} %" for who in (name, "encoder"))
+            sentences.append(f"With {last} {title[0].lower()}{title[1:]} is right in {theirs}, the encoder in {ours}.")
     return " ".join(sentences)
 
 
