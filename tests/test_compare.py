@@ -158,6 +158,14 @@ def test_what_was_measured_in_another_way_stands_apart(tmp_path):
     same = "linear, m, 1 images of m"
     assert columns(linear(0.1), {**linear(0.2), "seed": 3, "encoder_name": "f"}) == [same]
     assert columns(linear(0.1), linear(0.1, epochs=1)) == [f"{same} (epochs 1)", f"{same} (epochs 80)"]
+    parts = [{"by": "finetune", "epochs": epochs} for epochs in (1, 50)]
+    sets = {"sets": [{"title": "Pets", "value": 0.5, "interval": [0.4, 0.6]}]}
+    transfers = [{"protocol": "transfer", "parameters": part, "details": sets} for part in parts]
+    assert columns(*transfers) == [f"transfer by finetune, Pets (epochs {epochs})" for epochs in (1, 50)]
+    long = [{"protocol": "finetune", "parameters": {"fraction": 1, "subset": "lists/a" + 56 * "b" + n}} for n in "12"]
+    assert len(set(columns(*long))) == 2
+    same_source = [{"test_fingerprint": 64 * n, "data_fingerprint": 64 * n, "n_train": 0} for n in "ab"]
+    assert columns(*same_source)[0] == "retrieval, m, 1 images of m (images scored aaaaaaaa)"
     images = [{"test_fingerprint": letter * 64} for letter in "ab"]
     assert columns(*images) == [f"retrieval, m, 1 images of m (images scored {letter * 8})" for letter in "ab"]
 

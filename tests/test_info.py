@@ -98,6 +98,15 @@ def test_a_run_is_told_in_words(tmp_path, pictures, tiny, capsys):
     others = [{**evaluations[-1], "parameters": {**evaluations[-1]["parameters"], "k": k}} for k in (1, 5, 5)]
     with open(run / "evaluations.jsonl", "a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in others))
+    odd = {**evaluations[-1], "protocol": "finetune", "parameters": {"fraction": 10**400}}
+    finetuned = [{**odd, "parameters": {"fraction": 0.1, "epochs": epochs}, "n_train": 12} for epochs in (1, 2)]
+    with open(run / "evaluations.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in [odd, *finetuned]))
+    shown = lines_of(run, capsys)[1][6:9]
+    assert "finetune, top-1 accuracy" in shown[0]
+    assert ["(12 images)" in line and line.endswith(f"(epochs {n})") for n, line in enumerate(shown[1:], 1)] == [
+        True
+    ] * 2
     assert [f"k={k} " in line for k, line in zip((20, 1, 5), lines_of(run, capsys)[1][3:6], strict=True)] == [True] * 3
 
     text = (run / "config.toml").read_text()

@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it leaves
         return 0
     except KeyboardInterrupt:
-        began = arguments and arguments[0] not in ("pretrain", "demo")
-        tell(f"nnclr: interrupted before {'it was done' if began else 'there was anything to save'}")
+        trains = arguments[:1] in (["pretrain"], ["demo"])
+        tell(f"nnclr: interrupted before {'there was anything to save' if trains else 'it was done'}")
         return 130
     return code
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from nnclr import comparable
 from nnclr.checkpoint import write_atomically
+from nnclr.data.images import safe
 from nnclr.errors import InputError
 from nnclr.plots import draw_comparison
 
@@ -91,7 +92,7 @@ def _told_apart(found: list[Measured]) -> list[Measured]:
     names = {}
     for what, ways in named.items():
         for way, text in zip(ways, comparable.differences(ways.values()), strict=True):
-            names[what, way] = f"{what} ({text})" if text else what
+            names[what, way] = safe(f"{what} ({text})") if text else what
     return [replace(m, what=names[m.what, json.dumps(m.asked, sort_keys=True)]) for m in found]
 
 
@@ -155,9 +156,9 @@ def _measured(encoder: str, what: str, record: dict[str, Any], asked: dict[str, 
     low, high = (value, value) if interval is None else interval
     if not all(type(number) in (int, float) and math.isfinite(number) for number in (value, low, high)):
         raise ValueError
-    method = str(record.get("interval_method", "of a method that the record does not name"))
+    method = safe(str(record.get("interval_method", "of a method that the record does not name")))
     ends = None if interval is None else (low, high)
-    return Measured(encoder, what, value, ends, method, asked, step if type(step) is int else None)
+    return Measured(safe(encoder), safe(what), value, ends, method, asked, step if type(step) is int else None)
 
 
 def _cell(measured: Measured | None, with_step: bool) -> str:
@@ -171,8 +172,8 @@ def _cell(measured: Measured | None, with_step: bool) -> str:
 def _csv(found: list[Measured]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["encoder", "what", "value", "low", "high", "interval"])
+    writer.writerow(["encoder", "what", "value", "low", "high", "interval", "step"])
     for m in found:
         low, high = m.interval or ("", "")
-        writer.writerow([m.encoder, m.what, m.value, low, high, "" if m.interval is None else m.method])
+        writer.writerow([m.encoder, m.what, m.value, low, high, "" if m.interval is None else m.method, m.step])
     return text.getvalue()

@@ -104,7 +104,7 @@ class Config:
     temperature: float = 0.1
     """Temperature of the softmax."""
     support_set_size: int | None = None
-    """Embeddings in the support set; default the paper's 98304, but at most half of the images or one batch."""
+    """Embeddings in the support set; default the paper's 98304, at most half of the images, at least a batch."""
     shard_support_set: bool = False
     """Keep a share of the support set on each process instead of all of it on each: for sets of millions."""
     embedding_dim: int = 256

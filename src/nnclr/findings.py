@@ -92,8 +92,7 @@ class Record:
         groups: dict[str, list[dict[str, Any]]] = {}
         for line in self.evaluations:
             if line["protocol"] == "knn" and line["step"] is not None:
-                key = json.dumps([line.get(k) for k in ("parameters", "test_fingerprint", "n_train", "n_test")])
-                groups.setdefault(key, []).append(line)
+                groups.setdefault(comparable.key(line), []).append(line)
         largest = max(groups.values(), key=len, default=[])
         return sorted({line["step"]: line for line in largest}.values(), key=lambda line: line["step"])
 

@@ -112,21 +112,38 @@ def _latest(evaluations: list[dict[str, Any]]) -> list[str]:
     from nnclr import comparable
     from nnclr.data.images import safe
 
-    latest: dict[str, str] = {}
+    latest: dict[str, dict[str, Any]] = {}
     for line in evaluations:
+        latest.pop(comparable.key(line), None)
+        latest[comparable.key(line)] = line
+    named: dict[tuple[str, str], list[str]] = {}
+    for key, line in latest.items():
+        named.setdefault(_named(line), []).append(key)
+    apart = {
+        key: f" ({text})" if text else ""
+        for keys in named.values()
+        for key, text in zip(keys, comparable.differences([comparable.asked(latest[k]) for k in keys]), strict=True)
+    }
+    lines = []
+    for key, line in latest.items():
         low_high = (
             "" if line["interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in line["interval"]))
         )
-        try:
-            what = comparable.title(line)
-        except (KeyError, TypeError, ValueError):
-            what = f"{line['protocol']}, {line['metric']}"
-        key = comparable.key(line)
-        latest.pop(key, None)
         step = "" if line["step"] is None else f"step {line['step']}: "
-        of = f"{line.get('n_test')} images of {line.get('test')}"
-        latest[key] = safe(f"{step}{what} {100 * line['value']:.1f} %{low_high}, {of}")
-    return list(latest.values())[-_MOST:]
+        what, of = _named(line)
+        lines.append(safe(f"{step}{what} {100 * line['value']:.1f} %{low_high}, {of}{apart[key]}"))
+    return lines[-_MOST:]
+
+
+def _named(line: dict[str, Any]) -> tuple[str, str]:
+    """What was measured, and on what."""
+    from nnclr import comparable
+
+    try:
+        what = comparable.title(line)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        what = f"{line['protocol']}, {line['metric']}"
+    return what, f"{line.get('n_test')} images of {line.get('test')}"
 
 
 def _checkpoints(path: Path) -> list[int]:

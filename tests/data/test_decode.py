@@ -196,6 +196,13 @@ def test_the_orientation_is_found_wherever_it_stands():
         behind = data[:2] + b"\xff\xfe\x00\x09comment" + b"\xff\xfe\x00\x02" * 600 + data[2:]
         assert decode(behind).shape[:2] == (67, 54), options
     assert decode(encoded(photo(), "JPEG", icc_profile=profile)).shape[:2] == (54, 67)  # control
+    # A byte that fills up in front of the marker of EXIF must not be read as a marker with a length that leads past it.
+    data = encoded(photo(), "JPEG", exif=exif)
+    at = data.index(b"\xff\xe1")
+    size = int.from_bytes(data[at + 2 : at + 4])
+    comment = b"\xff\xfe\xff\xf0" + b"\xff\xda" * 0x7FF7
+    filled = data[:at] + b"\xff" + data[at : at + 2 + size] + comment + data[at + 2 + size :]
+    assert decode(filled).shape[:2] == (67, 54)
 
 
 def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch):
@@ -209,9 +216,12 @@ def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch):
     np.testing.assert_array_equal(decode(plain), expected)
     assert not asked
     others = [encoded(photo(), "JPEG", xmp=XMP), encoded(photo().convert("CMYK"), "JPEG"), encoded(photo()), plain[:-2]]
+    tries, jpeg = [], D._jpeg
+    monkeypatch.setattr(D, "_jpeg", lambda data, *rest: (tries.append(data), jpeg(data, *rest))[1])
     for data in others:  # control
         decoded(data)
     assert asked == others
+    assert tries == [others[0], others[1], others[3]]  # each once
 
 
 def test_damaged_jpegs_are_what_pillow_takes_them_for(monkeypatch):

@@ -183,7 +183,7 @@ def test_arrays_of_every_shape():
         ((np.zeros((3, 8, 8), np.uint8), [0.5, 1, 1]), "3 whole numbers"),
         (7, "data of type int is none of: a folder"),
         ([], "data of type list is none of: .*; it is empty or of several kinds"),
-        (np.zeros((8, 9, 3), np.uint8), r"an array of shape \(8, 9, 3\) looks like one picture; put it into a list"),
+        (np.zeros((8, 9, 3), np.uint8), r"an array of shape \(8, 9, 3\) looks like one picture, not a stack"),
         ("shards.tar", "shards.tar does not exist"),
     ],
 )

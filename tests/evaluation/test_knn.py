@@ -92,6 +92,25 @@ def test_most_rows_are_not_compared_in_float32(native, monkeypatch):
     assert products == [9]  # rows that are left over beside groups of 16
 
 
+def test_what_is_known_of_other_rows_raises_the_bound(native, monkeypatch):
+    """So that later rows are compared with the best of all, not with the best of their own."""
+    bounds, least = [], knn.least_maximum
+
+    def noting(kth, *rest):
+        bounds.append(kth)
+        return least(kth, *rest)
+
+    monkeypatch.setattr(knn, "least_maximum", noting)
+    train, test = crowd(4096, 50, 10.0)
+    nearest_rows(train, test, 20, block=256)  # 2,048 rows at a time
+    first, _ = nearest_rows(train[:2048], test, 20, block=256)
+    nearest_rows(train[2048:], test, 20, block=256)
+    _, second, _, alone = bounds
+    assert (second >= first[:, -1] - 1e-6).all()
+    assert (second >= alone).all()
+    assert (second > alone + 1e-3).any()
+
+
 def test_more_voters_than_rows():
     assert knn_predict(np.eye(3), [0, 1, 2], np.eye(3), 3, k=20).tolist() == [0, 1, 2]
 

@@ -443,7 +443,8 @@ def finish(
         _color_one(images[0], parameters, view)
         mean, scale = _of_bytes()
         return images.sub_(mean).mul_(scale).to(dtype)
-    return images.copy_(normalize(color(images.mul_(1 / 255), parameters, view))).to(dtype)
+    made = normalize(color(images.mul_(1 / 255), parameters, view))
+    return (made if out is None else out.copy_(made)).to(dtype)
 
 
 @cache

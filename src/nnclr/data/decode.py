@@ -34,6 +34,7 @@ _ORIENTATIONS = {  # of EXIF: whether rows and columns change places, then the d
 }
 _AS_IT_IS = (False, 1, 1)
 _APP1, _START_OF_SCAN = b"\xe1", b"\xda"  # markers of JPEG
+_WITHOUT_LENGTH = tuple(bytes([marker]) for marker in (0x00, 0x01, *range(0xD0, 0xDA), 0xFF))  # 0xFF fills up
 _SEGMENTS = 512  # a profile of colours takes at most 255
 _PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as `warnings.filters` has it
 _TRIES, _PAUSE = 3, 0.05  # for errors of the storage, which may pass; seconds, doubled each time
@@ -99,12 +100,13 @@ def decode(data: bytes, reduction: Callable[[int, int], int] | None = None) -> n
     """
     if len(data) > MAX_BYTES:
         raise BadImage("too_large", f"{len(data) >> 20} MiB")
+    plain = _is_plain_jpeg(data)
     try:
-        if _is_plain_jpeg(data) and (pixels := _jpeg(data, None, 1, reduction)) is not None:
+        if plain and (pixels := _jpeg(data, None, 1, reduction)) is not None:
             return pixels
         _hush_pillow()
         image = _open(data)
-        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        if not plain and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             pixels = _jpeg(data, image.size, orientation, reduction)
             if pixels is not None:
@@ -174,7 +176,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
     at = 2 if data[:2] == b"\xff\xd8" else len(data)
     for _ in range(_SEGMENTS):
         marker = data[at : at + 2]
-        if marker[:1] != b"\xff" or marker[1:] in (_APP1, _START_OF_SCAN):
+        if marker[:1] != b"\xff" or marker[1:] in (_APP1, _START_OF_SCAN, *_WITHOUT_LENGTH):
             return marker[1:] == _START_OF_SCAN
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return False
@@ -193,7 +195,9 @@ def _jpeg(
     """
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        if size != (width, height) if size else height * width > MAX_PIXELS or colors not in ("YCbCr", "RGB", "Gray"):
+        if size is None and (height * width > MAX_PIXELS or colors not in ("YCbCr", "RGB", "Gray")):
+            return None
+        if size not in (None, (width, height)):
             return None
         turned = _ORIENTATIONS.get(orientation, _AS_IT_IS)[0]
         factor = 1 if reduction is None else reduction(*((width, height) if turned else (height, width)))

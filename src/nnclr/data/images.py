@@ -155,7 +155,7 @@ def array_source(
         pixels = pixels.transpose(0, 2, 3, 1)
     if pixels.ndim == 3 and pixels.shape[2] == 3:  # else it would be read as many grey pictures of three columns
         raise InputError(
-            f"an array of shape {tuple(images.shape)} looks like one picture; put it into a list: [picture]"
+            f"an array of shape {tuple(images.shape)} looks like one picture, not a stack; use array[None]"
         )
     if pixels.ndim == 3:
         pixels = pixels[..., None]

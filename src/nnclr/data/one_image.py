@@ -104,7 +104,7 @@ def blur_image(image: Tensor, sigma: float, half: int, alike: bool = False) -> N
     kernel = torch.softmax(squares * (-0.5 / sigma**2), 0)
     weights = kernel.float().repeat(len(offsets))
     for _ in range(2):
-        rows = made.view(-1, image.shape[1])
+        rows = made.reshape(-1, image.shape[1])
         summed = F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights)
         made.copy_(summed.view_as(made).mT)
     if alike:
