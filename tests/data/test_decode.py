@@ -200,8 +200,11 @@ def test_the_orientation_is_found_wherever_it_stands():
     data = encoded(photo(), "JPEG", exif=exif)
     at = data.index(b"\xff\xe1")
     size = int.from_bytes(data[at + 2 : at + 4])
-    comment = b"\xff\xfe\xff\xf0" + b"\xff\xda" * 0x7FF7
-    filled = data[:at] + b"\xff" + data[at : at + 2 + size] + comment + data[at + 2 + size :]
+    end = at + 2 + size
+    past = at + 2 + int.from_bytes(b"\xe1" + data[at + 2 : at + 3])  # the length it would have as a marker
+    comment = b"\xff\xfe\xff\xf0" + ((past - end - 5) % 2) * b" " + b"\xff\xda" * 0x7FF7
+    filled = data[:at] + b"\xff" + data[at:end] + comment[: 2 + 0xFFF0] + data[end:]
+    assert filled[past : past + 2] == b"\xff\xda"
     assert decode(filled).shape[:2] == (67, 54)
 
 

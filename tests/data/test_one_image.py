@@ -104,5 +104,8 @@ def test_one_image_is_that_of_the_batch(name):
             alone[i] = A.finish(crops[i : i + 1], drawn[i : i + 1], view, out=place)[0]
             assert torch.equal(alone[i : i + 1], place)  # made in place
         torch.testing.assert_close(alone, batch, atol=2e-5, rtol=0)
+        together = torch.empty_like(batch)
+        assert torch.equal(A.finish(crops, drawn, view, out=together), batch)
+        assert torch.equal(together, batch)
         other = A.finish(crops, drawn, dataclasses.replace(view, solarize_threshold=0.7))
         assert (other - batch).abs().max() > 0.1  # control
