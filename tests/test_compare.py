@@ -60,6 +60,9 @@ def test_one_table_of_runs_and_baselines(runs, pictures, capsys):
     with open(runs / "compared/compare.csv") as file:
         rows = list(csv.DictReader(file))
     values = {row["encoder"]: float(row["value"]) for row in rows if "k=3" in row["what"]}
+    (own,) = [row for row in rows if row["encoder"] == "one" and "k=3" in row["what"]]
+    assert own["interval"] == records["one"]["interval_method"]
+    assert own["step"] == str(records["one"]["step"])
     assert values["two"] == records["two"]["value"]
     assert (runs / "compared/compare.png").read_bytes().startswith(b"\x89PNG")
     # baselines are not the run's own results
@@ -168,6 +171,17 @@ def test_what_was_measured_in_another_way_stands_apart(tmp_path):
     assert columns(*same_source)[0] == "retrieval, m, 1 images of m (images scored aaaaaaaa)"
     images = [{"test_fingerprint": letter * 64} for letter in "ab"]
     assert columns(*images) == [f"retrieval, m, 1 images of m (images scored {letter * 8})" for letter in "ab"]
+
+
+def test_records_of_strangers_send_nothing_to_the_terminal(tmp_path):
+    path = tmp_path / "results.jsonl"
+    names = ("metric", "test", "encoder_name", "interval_method")
+    odd = {**GOOD, **{name: f"\x1b[2J{name}" for name in names}}
+    others = [{**odd, "protocol": "finetune", "parameters": {"fraction": 1, "subset": f"\x1b{n}"}} for n in "ab"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in (odd, *others)))
+    table = compare([str(path)])
+    assert "\x1b" not in table
+    assert all(name in table for name in names)
 
 
 def test_figures_of_several_steps_say_so(tmp_path):

@@ -9,9 +9,8 @@ from nnclr.interrupt import raise_outside_imports
 
 def command() -> None:
     """Run the command of this process and leave with its exit code."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # and not ignored, as in the background of a shell
+    # Not where it is ignored, as in the background of a shell.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, raise_outside_imports)
     from nnclr.cli import main
 

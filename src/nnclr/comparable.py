@@ -1,6 +1,6 @@
 """Which results of evaluations can stand beside each other, and what they are called; records as dictionaries.
 
-It knows neither torch nor numpy, which the commands that only read records do without.
+It does not need torch, without which the commands that only read records start at once.
 """
 
 import json

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nnclr
+from nnclr import comparable
 
 if TYPE_CHECKING:
     from nnclr.findings import Record
@@ -109,13 +110,13 @@ def _metrics(record: "Record") -> str:
 
 def _latest(evaluations: list[dict[str, Any]]) -> list[str]:
     """The latest of each kind, as lines; the last few kinds."""
-    from nnclr import comparable
     from nnclr.data.images import safe
 
     latest: dict[str, dict[str, Any]] = {}
     for line in evaluations:
-        latest.pop(comparable.key(line), None)
-        latest[comparable.key(line)] = line
+        key = comparable.key(line)
+        latest.pop(key, None)  # the latest kind comes last
+        latest[key] = line
     named: dict[tuple[str, str], list[str]] = {}
     for key, line in latest.items():
         named.setdefault(_named(line), []).append(key)
@@ -137,8 +138,6 @@ def _latest(evaluations: list[dict[str, Any]]) -> list[str]:
 
 def _named(line: dict[str, Any]) -> tuple[str, str]:
     """What was measured, and on what."""
-    from nnclr import comparable
-
     try:
         what = comparable.title(line)
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -6,6 +6,7 @@ from sklearn.linear_model import LogisticRegression
 
 import nnclr
 from nnclr.errors import InputError
+from nnclr.evaluation import label_curve
 from nnclr.evaluation.finetune import first_of_each
 from nnclr.evaluation.label_curve import in_words
 from nnclr.pretrained import random_encoder
@@ -29,6 +30,8 @@ def test_curve_is_scikit_learns_on_the_same_draws(pictures, monkeypatch):
     assert result.value == curve[-1]["encoder"]["mean"]
     assert set(curve[0]) == {"labels_per_class", "encoder", "pixels"}
     assert json.loads(result.to_json())["details"]["curve"] == curve
+    monkeypatch.setattr(label_curve, "in_words", lambda curve, chance: f"one of {1 / chance:g} classes")
+    assert nnclr.evaluate(encoder, pictures, test, **options).details["in_words"] == "one of 4 classes"
 
 
 def test_network_from_scratch_is_part_of_it(pictures, monkeypatch):

@@ -42,6 +42,7 @@ def test_the_command_measures_all_twelve(root, tmp_path, capsys):
         assert row["metric"] == TRANSFER_SETS[row["set"]].metric
         assert row["published"] == TRANSFER_SETS[row["set"]].published
         assert row["interval"][0] <= row["value"] <= row["interval"][1]
+        assert row["interval_method"].endswith("Wilson" if row["metric"] == "top-1 accuracy" else "bootstrap")
     assert "| Food-101 | top-1 accuracy |" in output.err
     assert "NNCLR (theirs)" in output.err
     assert "| 76.7 | 75.3 | 72.8 | 72.3 |" in output.err  # the papers' figures of Food-101

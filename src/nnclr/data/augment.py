@@ -282,7 +282,6 @@ def _color_one(image: Tensor, parameters: Parameters, view: View) -> None:
         float(parameters.sigmas[0]),
         _widest(view.size),
         view.solarize_threshold if parameters.solarize[0] else None,
-        white=255.0,
     )
 
 

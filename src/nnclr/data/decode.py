@@ -171,7 +171,7 @@ def _refuse_large(image: Image.Image) -> None:
 def _is_plain_jpeg(data: bytes) -> bool:
     """Whether this is a JPEG whose segments in front of the image hold neither EXIF nor XMP, so no orientation.
 
-    Then Pillow need not be asked, which takes as long as a fifteenth of the decoding.
+    Then Pillow need not be asked, which takes time.
     """
     at = 2 if data[:2] == b"\xff\xd8" else len(data)
     for _ in range(_SEGMENTS):

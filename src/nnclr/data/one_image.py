@@ -11,6 +11,7 @@ from torch import Tensor
 
 LUMA = (0.2989, 0.587, 0.114)
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_WHITE = 255.0
 _WIDEST_SIGMA = 5.5  # taps of a Gaussian further out add up to less than 2^-24 of it
 
 
@@ -21,18 +22,16 @@ def color_image(
     sigma: float,
     half: int,
     threshold: float | None,
-    white: float = 1.0,
 ) -> None:
     """Jitter, then grayscale, blur and solarise, in place: `augment.color` of one image on a CPU.
 
     Args:
-        image: (3, s, s) float32 in [0, white].
+        image: (3, s, s) float32 from 0 to 255, which spares bytes the pass that makes them numbers up to 1.
         operations: names and factors of the jitter, in order.
         grayscale: whether to take the colour away.
         sigma: of the blur, 0 for none.
         half: taps of the blur on either side, at most.
         threshold: of solarise as a share of white, None for none.
-        white: 255 spares bytes the pass that makes them numbers up to 1.
     """
     luma = _luma()
     for name, factor in operations:
@@ -46,15 +45,15 @@ def color_image(
             image.mul_(factor).add_(mean.mul_(1 - factor))
         else:
             image.lerp_((luma @ image.flatten(1)).view(image.shape[1:]), 1 - factor)
-        if factor > 1:  # otherwise the result lies between numbers in [0, white]
-            image.clamp_(0, white)
+        if factor > 1:  # otherwise the result lies between numbers in [0, 255]
+            image.clamp_(0, _WHITE)
     if grayscale:
         image.copy_((luma @ image.flatten(1)).view(image.shape[1:]))
     if sigma > 0:
         blur_image(image, sigma, half, alike=grayscale)
     if threshold is not None:
         # Comparing in place gives zeros and ones at once; a mask of bools takes ten times as long.
-        image.lerp_(white - image, image.clone().ge_(threshold * white))
+        image.lerp_(_WHITE - image, image.clone().ge_(threshold * _WHITE))
 
 
 @cache
