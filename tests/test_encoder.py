@@ -383,3 +383,10 @@ def test_encoder_folders_load_by_timm(tmp_path, name):
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(theirs(x), encoder.module.eval()(x))
+
+
+def test_its_text_is_one_line_without_the_layers():
+    said = repr(made("small-convnet", 32))
+    assert said.startswith("Encoder(image_size=32")
+    assert "Conv" not in said
+    assert "\n" not in said

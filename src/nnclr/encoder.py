@@ -59,7 +59,7 @@ class Encoder:
         name: how it was asked for; empty for a module of your own.
     """
 
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     image_size: int = 224
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnclr import checkpoint, distributed, run_folder, tracking
+from nnclr import checkpoint, distributed, memory, run_folder, tracking
 from nnclr.config import Config, differences, from_toml, make_config, to_toml
 from nnclr.counter import step_seed
 from nnclr.data.augment import View, policy
@@ -136,6 +136,9 @@ def train(
         loader = create_loader(source, plan, device, config.num_workers or 0)
         restored = restore(run, state, config, source)
         distributed.barrier()  # some may have read their images faster
+        warn = plan.ranks == 1 and not quiet and state.step < total
+        if warn and (short := memory.shortage(config, state, [view.size for view in plan.views])):
+            warnings.warn(short, stacklevel=2)
         check, undo, stop = StepCheck(run, state, device), Undo(state), answers.enter_context(stop_request(run))
         distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, stack))
         recorder = create_recorder(run, config, source, knn, state, loader, plan, total, quiet)

@@ -184,6 +184,10 @@ def test_arrays_of_every_shape():
         (7, "data of type int is none of: a folder"),
         ([], "data of type list is none of: .*; it is empty or of several kinds"),
         (np.zeros((8, 9, 3), np.uint8), r"an array of shape \(8, 9, 3\) looks like one picture, not a stack"),
+        (
+            np.zeros((3, 8, 9), np.uint8),
+            r"\(3, 8, 9\) may be one picture, colours first, or three grey ones; use array\[",
+        ),
         ("shards.tar", "shards.tar does not exist"),
     ],
 )

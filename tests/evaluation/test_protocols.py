@@ -161,10 +161,7 @@ def test_few_shot_reports_each_number_of_shots(encoder, clouds):
         "draws 3 classes (ways), learns from 1 or 10 images a class (shots) and classifies 15"
         in (result.details["in_words"])
     )
-    assert said == [
-        f"warning: few-shot: with {shots} an episode has 3 classes instead of 5, as there are no more"
-        for shots in ("1 shot", "10 shots")
-    ]
+    assert said == ["warning: few-shot: with 1 or 10 shots an episode has 3 classes instead of 5, as there are no more"]
     assert result.value == result.details["10 shots"]["value"] > result.details["1 shots"]["value"] > 0.4
     assert result.parameters["ways"] == 3
     assert result.parameters["episodes"] == 600

@@ -146,7 +146,8 @@ def array_source(
         class_names: one for each label; default their numbers.
 
     Raises:
-        InputError: for another dtype or shape, one picture (h, w, 3), or labels that do not fit.
+        InputError: for another dtype or shape, one picture (h, w, 3), what may be one (3, h, w), or labels that do
+            not fit.
     """
     pixels = images.cpu().numpy() if is_tensor(images) else np.asarray(images)
     if pixels.dtype != np.uint8:
@@ -156,6 +157,11 @@ def array_source(
     if pixels.ndim == 3 and pixels.shape[2] == 3:  # else it would be read as many grey pictures of three columns
         raise InputError(
             f"an array of shape {tuple(images.shape)} looks like one picture, not a stack; use array[None]"
+        )
+    if pixels.ndim == 3 and pixels.shape[0] == 3 and labels is None:
+        raise InputError(
+            f"an array of shape {tuple(images.shape)} may be one picture, colours first, or three grey ones; "
+            "use array[None] or array[..., None]"
         )
     if pixels.ndim == 3:
         pixels = pixels[..., None]

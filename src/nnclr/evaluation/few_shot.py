@@ -76,22 +76,29 @@ def episodes_in_words(outcomes: Sequence[FewShotOutcome]) -> str:
 
 def episodes_cut(outcomes: Iterable[FewShotOutcome], ways: int = _WAYS, queries: int = _QUERIES) -> Iterator[str]:
     """Where episodes are smaller than was asked for, and why: other figures of few-shot are then another task's."""
-    for o in outcomes:
-        with_shots = f"with {o.shots} shot{'s' * (o.shots > 1)}"
-        if o.left_out:
-            classes = (
-                "one class takes no part, which has"
-                if o.left_out == 1
-                else f"{o.left_out} classes take no part, which have"
-            )
-            yield f"{with_shots} {classes} fewer than {o.shots + 1} images"
-        if o.ways < ways:
-            yield f"{with_shots} an episode has {o.ways} classes instead of {ways}, as there are no more"
-        if o.queries < queries:
-            yield (
-                f"{with_shots} {o.queries} images a class are classified instead of {queries}, as the smallest class "
-                f"has {o.shots + o.queries}"
-            )
+    said: dict[str, list[int]] = {}
+    for outcome in outcomes:
+        for text in _cuts(outcome, ways, queries):
+            said.setdefault(text, []).append(outcome.shots)
+    for text, shots in said.items():
+        yield f"with {_each(shots)} shot{'s' * (shots != [1])} {text}"
+
+
+def _cuts(outcome: FewShotOutcome, ways: int, queries: int) -> Iterator[str]:
+    if outcome.left_out:
+        classes = (
+            "one class takes no part, which has"
+            if outcome.left_out == 1
+            else f"{outcome.left_out} classes take no part, which have"
+        )
+        yield f"{classes} fewer than {outcome.shots + 1} images"
+    if outcome.ways < ways:
+        yield f"an episode has {outcome.ways} classes instead of {ways}, as there are no more"
+    if outcome.queries < queries:
+        yield (
+            f"{outcome.queries} images a class are classified instead of {queries}, as the smallest class has "
+            f"{outcome.shots + outcome.queries}"
+        )
 
 
 def _each(numbers: Sequence[int]) -> str:
