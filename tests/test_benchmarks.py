@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 from benchmarks import __main__ as runner
-from benchmarks import cases, gpu, scaling
+from benchmarks import cases, compiled, gpu, scaling
 
 import nnclr
 
@@ -77,6 +78,23 @@ def test_gpu_runner_with_small_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu", "limits", "--tiny"])
     assert gpu.main() == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_compiled_features_are_compared_with_those_of_the_network(monkeypatch):
+    monkeypatch.setitem(compiled.NETWORKS, "small-convnet", (16, 4))
+    monkeypatch.setattr(torch, "compile", lambda module: lambda x: 1.5 * module(x))
+    assert compiled.measure("small-convnet", "eager")["gap"] == 0
+    assert compiled.measure("small-convnet", "compiled")["gap"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_table_of_compiled_networks():
+    def side(seconds, highest, first):
+        return {"seconds": seconds, "lowest": seconds, "highest": highest, "first_step": first}
+
+    sides = {"eager": side(0.3, 0.3, 0.4), "compiled": side(0.2, 0.25, 20.4)}
+    table = compiled.table({"resnet50": {"sides": sides, "date": "2026-01-02", "machine": "a machine"}})
+    assert "| resnet50, 8 images of 224 px | 300 | 200 | 1.50 x | 1.25 | 20 |" in table
+    assert table.endswith("\n2026-01-02, a machine.\n")
 
 
 def test_the_cost_model_finds_the_prices_that_made_the_times():

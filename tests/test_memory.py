@@ -1,5 +1,6 @@
 """What a step needs of the memory, against counting by hand, and what is said where it is not there."""
 
+import os
 import warnings
 
 import numpy as np
@@ -115,6 +116,12 @@ def test_free_memory_counts_what_the_kernel_would_give_back(tmp_path, monkeypatc
     monkeypatch.setattr(memory, "_MEMINFO", meminfo)
     free = memory.free_memory(torch.device("cpu"))  # elsewhere: pages that nothing uses
     assert 0 < free < 2**50
+    monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 85})  # macOS
+    assert memory.free_memory(torch.device("cpu")) > free
+    monkeypatch.delattr(os, "sysconf_names")
+    assert memory.free_memory(torch.device("cpu")) == float("inf")
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
     meminfo.write_text("MemTotal:       9000 kB\nMemFree:           10 kB\nMemAvailable:    5000 kB\n")
     assert memory.free_memory(torch.device("cpu")) == 5000 * 1024
     meminfo.write_text("MemTotal:       9000 kB\n")
@@ -156,6 +163,10 @@ def test_free_memory_counts_the_limits_of_control_groups(tmp_path, monkeypatch, 
     assert free("") == 3_200_000
     limited("job/step", 800_000, 900_000, 0)
     assert free("job/step") == 0
+    limited("job/step", "a lot", 900_000, 0)
+    assert free("job/step") == 5000 * 1024
+    (tmp_path / "_GROUPS").unlink()
+    assert memory.free_memory(torch.device("cpu")) == 5000 * 1024
 
 
 SETTINGS = {"backbone": "small-convnet", "image_size": 16, "batch_size": 32, "epochs": 2, "device": "cpu"}

@@ -191,7 +191,8 @@ class _Kept:
 def free_memory(device: torch.device) -> float:
     """Bytes that are free on the device; on Linux with what the kernel would give back from its caches.
 
-    Limits on the process's control groups count, since a process that grows beyond one is killed.
+    Limits on the process's control groups count, since a process that grows beyond one is killed. Infinity where the
+    system does not say.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
@@ -199,13 +200,22 @@ def free_memory(device: torch.device) -> float:
         available = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())
         if available is not None:
             return min(float(available[1]) * 1024, _left_by_limits())
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):  # macOS knows the second alone
+        if pages in getattr(os, "sysconf_names", ()):
+            return float(os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE"))
+    return float("inf")
 
 
 def _left_by_limits() -> float:
     """What the limits on this process's control groups leave: those of a container or of a batch system."""
-    left = float("inf")
-    for line in _GROUPS.read_text().splitlines() if _GROUPS.exists() else ():
+    try:
+        return max(0.0, min(_each_limit(), default=float("inf")))
+    except (OSError, ValueError):  # files of another form than is known, or for others' eyes
+        return float("inf")
+
+
+def _each_limit() -> Iterator[float]:
+    for line in _GROUPS.read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":  # version 2
             root, most, used, cache = _LIMITS, "memory.max", "memory.current", "inactive_file"
@@ -218,6 +228,4 @@ def _left_by_limits() -> float:
         for folder in {root / inner, *(root / parent for parent in inner.parents)}:
             if (folder / most).exists() and (limit := (folder / most).read_text().strip()) != "max":
                 cached = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-                taken = int((folder / used).read_text()) - (0 if cached is None else int(cached[1]))
-                left = min(left, int(limit) - taken)
-    return max(left, 0.0)
+                yield float(limit) - float((folder / used).read_text()) + (0.0 if cached is None else float(cached[1]))
