@@ -10,7 +10,7 @@ import torch
 from nnclr import memory, pretrain
 from nnclr.checkpoint import load_latest
 from nnclr.models.ema import average_of
-from nnclr.objectives import BYOL, NNCLR, SimCLR
+from nnclr.objectives import BYOL, NNCLR, MoCoV2, SimCLR
 from nnclr.train_state import TrainState
 
 SIZE, WIDTH, DIM, HIDDEN, SUPPORT, IMAGES = 8, 5, 6, 7, 11, 4
@@ -163,8 +163,13 @@ def test_free_memory_counts_the_limits_of_control_groups(tmp_path, monkeypatch, 
     assert free("") == 3_200_000
     limited("job/step", 800_000, 900_000, 0)
     assert free("job/step") == 0
-    limited("job/step", "a lot", 900_000, 0)
-    assert free("job/step") == 5000 * 1024
+    limited("job/step", "a lot", 900_000, 0)  # what is not known leaves the other limits
+    assert free("job/step") == 2_000_000
+    limited("job/step", 1_900_000, 900_000, 7)
+    (tmp_path / "_LIMITS" / root / "job/step/memory.stat").unlink()
+    assert free("job/step") == 1_000_000
+    (tmp_path / "_GROUPS").write_text("nonsense\n\n")
+    assert memory.free_memory(torch.device("cpu")) == 5000 * 1024
     (tmp_path / "_GROUPS").unlink()
     assert memory.free_memory(torch.device("cpu")) == 5000 * 1024
 
@@ -194,15 +199,71 @@ def test_a_run_that_may_not_fit_says_so_and_is_the_same(tmp_path, monkeypatch):
     assert all(torch.equal(roomy[name], tight[name]) for name in roomy)
 
 
+def test_quiet_and_finished_runs_are_not_tried(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 255, (70, 16, 16, 3), dtype=np.uint8)
+    tried = []
+    monkeypatch.setattr(memory, "shortage", lambda *_: tried.append(1))
+    pretrain(images, tmp_path / "run", **SETTINGS, quiet=True)
+    pretrain(images, tmp_path / "run", **SETTINGS)
+    assert tried == []
+    pretrain(images, tmp_path / "run", **SETTINGS, extend_epochs=1)
+    assert tried == [1]
+
+
+class Needy(SimCLR):
+    """Wants 16 images at a time, and counts its calls in a buffer that no checkpoint holds."""
+
+    def forward(self, features, targets=None, ids=None):
+        self.calls += 1
+        if len(features[0]) < 16:
+            raise RuntimeError("selected index k out of range")
+        return super().forward(features, targets, ids)
+
+    def update(self, out):
+        COUNTED.append(self.calls.item())
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+
+COUNTED = []
+
+
+def test_what_cannot_be_tried_is_left_alone(tmp_path, monkeypatch):
+    """The step for the estimate must neither end a run that would work nor leave a trace."""
+    images = np.random.default_rng(0).integers(0, 255, (70, 16, 16, 3), dtype=np.uint8)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2e6)
+    settings = {name: value for name, value in SETTINGS.items() if name != "predictor_hidden_dim"}
+    pretrain(images, tmp_path / "run", objective=Needy, **settings, evaluate_every_epochs=0.0)
+    assert COUNTED == [1, 2, 3, 4]
+
+
+def test_what_a_step_keeps_whatever_the_batch_is_none_of_an_images():
+    """MoCo keeps its queue for the backward: 25 MB, which would be 6 MB an image."""
+    found = [
+        memory.measure(state_of(MoCoV2(WIDTH, DIM, HIDDEN, support_set_size=size)), [SIZE, SIZE])
+        for size in (16, 1_000_000)
+    ]
+    similarities = [4 * rows for rows in (16, 1_000_000)]
+    assert found[1].activations - found[0].activations == pytest.approx(similarities[1] - similarities[0], rel=0.01)
+
+
+def test_a_network_without_weights_is_measured():
+    state = state_of(SimCLR(3, DIM, HIDDEN))
+    state.backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    assert memory.measure(state, [SIZE, SIZE]).width == 3
+
+
 def test_a_step_is_tried_only_where_a_greedy_network_would_not_fit(monkeypatch, state):
-    """64 images of two views of 8 x 8 pixels are at most 256 MiB of activations, at 32 KiB a pixel."""
+    """64 images of two views of 8 x 8 pixels are at most 512 MiB of activations, at 64 KiB a pixel."""
 
     class config:
         device, batch_size, recompute, grad_cache, fsdp = "cpu", 64, False, None, False
 
     tried = []
     monkeypatch.setattr(memory, "measure", lambda *_: tried.append(1) or memory.Measured(1.0, 1e6, None, 5, 6))
-    for free, trials, fits in ((300e6, 0, True), (200e6, 1, True), (72e6, 2, True), (64e6, 3, False)):
+    for free, trials, fits in ((600e6, 0, True), (590e6, 1, True), (73e6, 2, True), (70e6, 3, False)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert (memory.shortage(config, state, [SIZE, SIZE]) is None) == fits
         assert len(tried) == trials

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ from nnclr.train_state import TrainState
 
 _MEMINFO, _GROUPS, _LIMITS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _FULL = 0.9  # share of the free memory that a step may take, as estimates are rough
-_GREEDY = 32 << 10  # bytes of activations that a pixel of a view hardly costs in any network
+_GREEDY = 64 << 10  # bytes of activations that a pixel of a view costs in no usual network
+_MORE = 2  # images by which a step is made larger, to see by what it grows
+_BATCHES = 3  # of views that a CPU's loader holds at once: the one in use, a made one, and the one in the making
 
 
 class Need(NamedTuple):
@@ -39,7 +41,8 @@ def shortage(config: Any, state: TrainState, sizes: list[int]) -> str | None:
     """What to say before a run that may not fit into the memory of this machine; None where it fits.
 
     On a CPU the system ends such a process without a word, while a GPU's allocator says what is missing. The step
-    that is tried for it takes some images of the batch, and none where the least frugal network would fit.
+    that is tried for it takes some images of the batch, and none where the least frugal network would fit. A network or
+    an objective that cannot be tried so is left alone: the run itself says what is wrong with it, if anything is.
 
     Args:
         config: resolved.
@@ -47,10 +50,17 @@ def shortage(config: Any, state: TrainState, sizes: list[int]) -> str | None:
         sizes: pixels of each view.
     """
     device = torch.device(config.device)
-    if device.type != "cpu" or config.batch_size * sum(size**2 for size in sizes) * _GREEDY < free_memory(device):
+    if device.type != "cpu":
         return None
-    with torch.random.fork_rng(devices=[]):
-        need = need_of(config, state, sizes, measure(state, sizes))
+    most = fixed_memory(state) + config.batch_size * sum(size**2 for size in sizes) * _GREEDY
+    if most < _FULL * free_memory(device):
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            measured = measure(state, sizes)
+    except Exception:  # noqa: BLE001  (objectives of others may need more images, networks may do anything)
+        return None
+    need = need_of(config, state, sizes, measured, held=state.nbytes())
     if need.fits:
         return None
     return (
@@ -59,14 +69,23 @@ def shortage(config: Any, state: TrainState, sizes: list[int]) -> str | None:
     )
 
 
-def need_of(config: Any, state: TrainState, sizes: list[int], measured: "Measured") -> Need:
-    """What a step of the batch needs, from what was measured on some images."""
-    batch, free = config.batch_size, free_memory(torch.device(config.device))
+def need_of(config: Any, state: TrainState, sizes: list[int], measured: "Measured", held: float = 0.0) -> Need:
+    """What a step of the batch needs, from what was measured on some images.
+
+    Args:
+        config: resolved.
+        state: whose networks and moments count.
+        sizes: pixels of each view.
+        measured: of the same state and sizes.
+        held: bytes of what is needed that are no longer free, because the state that is to be trained has them.
+    """
+    device = torch.device(config.device)
+    batch, free = config.batch_size, free_memory(device) + held
     plain, recomputed = measured.activations, measured.recomputed
     activations = recomputed if config.recompute and recomputed is not None else plain
     views = batch * sum(12 * size**2 for size in sizes)  # bytes of the pixels, which stay where activations do not
     kept = min(batch, config.grad_cache or batch)  # images whose activations are held at a time
-    fixed = fixed_memory(state) + (0 if kept == batch else views)
+    fixed = fixed_memory(state) + (0 if kept == batch else views) + (_BATCHES * views if device.type == "cpu" else 0)
     with_recompute = float("inf") if recomputed is None or config.recompute else fixed + kept * recomputed
     recompute = with_recompute <= _FULL * free and f"--recompute ({with_recompute / 2**30:.1f} GiB)"
     parts = 0 if config.grad_cache or config.fsdp else fitting_parts(batch, _FULL * free - fixed - views, activations)
@@ -97,38 +116,55 @@ class Measured(NamedTuple):
     """What an image costs in a training step, and the widths on the way."""
 
     flops: float
-    activations: float  # bytes kept for the backward, in float32
+    activations: float  # bytes kept for the backward, in float32, by which a step grows with an image more
     recomputed: float | None  # the same with `recompute`; None where the backbone has no repeated blocks
     width: int  # of the features
     dim: int  # of the embeddings
 
 
 def measure(state: TrainState, sizes: list[int], images: int = 4) -> Measured:
-    """Count a training step of some images of noise.
+    """Count a training step of some images of noise, and what one of a few more keeps; the state is then as before.
 
     The backward pass is run and counted, so that work without gradient (averaged networks, the look-up) counts once.
     """
-    device = next(state.backbone.parameters()).device
     modules = [module for module in (state.backbone, state.objective, state.average) if module is not None]
-    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
-    kept = _Kept({p.untyped_storage().data_ptr() for module in modules for p in module.parameters()})
+    # All buffers, also those that no checkpoint holds: the batch norms see this noise.
+    before = [(module, name, value.clone()) for module in modules for name, value in module.named_buffers()]
+    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    try:
+        fewer, flops, width, dim = _step(state, sizes, images, weights)
+        more, *_ = _step(state, sizes, images + _MORE, weights, backward=False)
+    finally:
+        with torch.no_grad():
+            for module, name, value in before:
+                module.get_buffer(name).copy_(value)
+        for module in modules:
+            module.zero_grad()
+    # What a step keeps whatever the batch, such as a queue, is none of an image's.
+    few, many = fewer.with_inputs_alone(), more.with_inputs_alone()
+    return Measured(
+        flops / images,
+        (more.all() - fewer.all()) / _MORE,
+        None if few is None or many is None else (many - few) / _MORE,
+        width,
+        dim,
+    )
+
+
+def _step(
+    state: TrainState, sizes: list[int], images: int, weights: set[int], backward: bool = True
+) -> tuple["_Kept", float, int, int]:
+    """What a step of some images keeps, its operations, and the widths on the way."""
+    device = next((p.device for p in state.backbone.parameters()), torch.device("cpu"))
+    kept = _Kept(weights)
     with FlopCounterMode(display=False) as counter, kept.by_blocks(repeated_blocks(state.backbone)):
         views = [torch.rand(images, 3, size, size, device=device) for size in sizes]
         features = [state.backbone(view) for view in views]
         targets = None if state.average is None else averaged_features(state.average, views)
         out = state.objective(features, targets, torch.zeros(images, dtype=torch.int64, device=device))
-        out.loss.backward()
-    for module, values in zip(modules, before, strict=True):  # the batch norms have seen this noise
-        module.load_state_dict(values)
-        module.zero_grad()
-    recomputed = kept.with_inputs_alone()
-    return Measured(
-        counter.get_total_flops() / images,
-        kept.all() / images,
-        None if recomputed is None else recomputed / images,
-        features[0].shape[1],
-        out.embeddings[0].shape[1],
-    )
+        if backward:
+            out.loss.backward()
+    return kept, counter.get_total_flops(), features[0].shape[1], out.embeddings[0].shape[1]
 
 
 class _Kept:
@@ -208,24 +244,26 @@ def free_memory(device: torch.device) -> float:
 
 def _left_by_limits() -> float:
     """What the limits on this process's control groups leave: those of a container or of a batch system."""
-    try:
-        return max(0.0, min(_each_limit(), default=float("inf")))
-    except (OSError, ValueError):  # files of another form than is known, or for others' eyes
-        return float("inf")
-
-
-def _each_limit() -> Iterator[float]:
-    for line in _GROUPS.read_text().splitlines():
+    left = float("inf")
+    for line in _GROUPS.read_text().splitlines() if _GROUPS.exists() else ():
+        if line.count(":") < 2:
+            continue
         _, controllers, group = line.split(":", 2)
         if controllers == "":  # version 2
-            root, most, used, cache = _LIMITS, "memory.max", "memory.current", "inactive_file"
+            root, *files = _LIMITS, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            root, most, used = _LIMITS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
+            root, *files = _LIMITS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
         inner = Path(group.lstrip("/"))  # in a container this may be the path outside it, and only the root is there
         for folder in {root / inner, *(root / parent for parent in inner.parents)}:
-            if (folder / most).exists() and (limit := (folder / most).read_text().strip()) != "max":
-                cached = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-                yield float(limit) - float((folder / used).read_text()) + (0.0 if cached is None else float(cached[1]))
+            with suppress(OSError, ValueError):  # not there, without a limit, for others' eyes
+                left = min(left, _left_in(folder, *files))
+    return max(left, 0.0)
+
+
+def _left_in(folder: Path, most: str, used: str, cache: str) -> float:
+    left = float((folder / most).read_text()) - float((folder / used).read_text())  # "max" is no number
+    stat = folder / "memory.stat"
+    cached = re.search(rf"^{cache} (\d+)", stat.read_text(), re.MULTILINE) if stat.exists() else None
+    return left + (0.0 if cached is None else float(cached[1]))
