@@ -5,7 +5,7 @@ import pytest
 from nnclr.config import Config, differences, from_toml, load_preset, make_config, presets, to_toml
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
-from nnclr.objectives import OBJECTIVES, Objective
+from nnclr.objectives import Objective, name_of
 from nnclr.training import make_views, resolve
 
 
@@ -170,12 +170,17 @@ def test_warm_up_of_a_preset_is_that_of_its_own_length():
 
 def test_a_setting_of_ones_own_objective_must_be_a_field():
     kind = type("Mine", (Objective,), {"settings": ("embedding_dim", "alpha")})
-    OBJECTIVES["tests:Mine"] = kind
-    try:
-        with pytest.raises(InputError, match="tests:Mine has a setting 'alpha' that is no field"):
-            make_config("data", "out", objective="tests:Mine")
-    finally:
-        del OBJECTIVES["tests:Mine"]
+    with pytest.raises(InputError, match="Mine has a setting 'alpha' that is no field"):
+        make_config("data", "out", objective=name_of(kind))
+    make_config("data", "out")  # which knows nothing of it
+    kind.settings = "embedding_dim"
+    with pytest.raises(InputError, match="has settings='embedding_dim', a text; make it a tuple"):
+        make_config("data", "out", objective=name_of(kind))
+    kind.settings = ("embedding_dim", "epochs")
+    make_config("data", "out", objective=name_of(kind), epochs=1.0)
+    make_config("data", "out", epochs=1.0)  # still a setting of every run
+    with pytest.raises(InputError, match=r"int is no subclass of nnclr\.Objective"):
+        name_of(int)
 
 
 def test_ranges_of_an_augmentation_are_fields():

@@ -177,6 +177,8 @@ class Config:
             if not (value > low if strict else value >= low) or value == float("inf"):
                 bound = "above" if strict else "at least"
                 raise InputError(f"{field.name}={value} must be a finite number {bound} {low}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed={self.seed} must be below 2**63")
         if self.momentum >= 1:
             raise InputError(f"momentum={self.momentum} must be below 1")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
@@ -338,6 +340,9 @@ def _objective(name: str) -> type[Objective]:
         kind = find_objective(name)
     except ValueError as error:
         raise InputError(str(error)) from error
+    settings: Any = kind.settings  # of a class of one's own
+    if isinstance(settings, str):
+        raise InputError(f"the objective {name} has settings={settings!r}, a text; make it a tuple of names")
     unknown = set(kind.settings) - {field.name for field in dataclasses.fields(Config)} - {"labels"}
     if unknown:
         raise InputError(f"the objective {name} has a setting '{min(unknown)}' that is no field of the configuration")

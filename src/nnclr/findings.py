@@ -391,7 +391,10 @@ def _neighbours(record: Record) -> Iterator[Finding]:
     if not similarity:
         if record.metrics:
             text = f"{record.config.get('objective', 'The objective')} looks up none, so they have no purity or age."
-            if math.isfinite(record.setting("support_set_size")):
+            filled = record.series("support_set_fill")
+            if filled and filled[-1][1] > 0:
+                text = "The objective does not say which ones it took, so they have no purity or age."
+            elif math.isfinite(record.setting("support_set_size")):
                 text = "None was looked up in what was logged: the support set is empty at first."
             yield Finding("Neighbours", text, "missing")
         return

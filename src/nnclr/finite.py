@@ -1,4 +1,4 @@
-"""Features that hold a NaN or an infinity, in words."""
+"""Features that hold a NaN or an infinity, and labels that do not fit them, in words."""
 
 from typing import Any
 
@@ -31,3 +31,12 @@ def refuse_not_finite(features: Any, name: str) -> None:
             "Encoder.embed gives such a row for an image that cannot be read; keep the others, "
             "features[np.isfinite(features).all(axis=1)]"
         )
+
+
+def refuse_other_labels(labels: Any, rows: int, num_classes: int) -> None:
+    """Raise the InputError for labels that are not one whole number below num_classes for each of the rows, n >= 1."""
+    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if rows == 0 or found.shape != (rows,):
+        raise InputError(f"labels of shape {found.shape} are not one for each of the {rows} rows of features")
+    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num_classes:
+        raise InputError(f"labels of {num_classes} classes must be whole numbers from 0 to {num_classes - 1}")

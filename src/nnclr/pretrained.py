@@ -47,6 +47,10 @@ def open_encoder(spec: Encoder | str | Path, device: str | torch.device = "cpu")
     """
     if isinstance(spec, Encoder):
         return spec
+    if isinstance(spec, nn.Module):
+        raise InputError(
+            f"a {type(spec).__name__} does not say which images it wants; use nnclr.Encoder(module, image_size=224)"
+        )
     text, _, query = str(spec).partition("?")
     library, _, name = text.partition(":")
     if library == "timm" and name:

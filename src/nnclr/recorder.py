@@ -19,7 +19,7 @@ from nnclr.blotted import without_secrets
 from nnclr.data.images import Source
 from nnclr.data.loader import Batch, Loader, Plan, StreamLoader, most_bad
 from nnclr.encoder import Encoder
-from nnclr.errors import StorageError
+from nnclr.errors import InputError, StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
 from nnclr.objectives import NNCLR, Output
@@ -28,6 +28,11 @@ from nnclr.skipped_steps import skipped_steps, was_skipped
 from nnclr.support_set import SupportSet
 from nnclr.tracking import Tracker
 from nnclr.train_state import TrainState, frozen_copy
+
+_RESERVED = set(  # names in metrics.jsonl that are the loop's
+    "step epoch images loss learning_rate grad_norm embedding_std rank_me alignment uniformity neighbour_purity "
+    "bad_images skipped_checkpoints skipped_steps refused_embeddings images_per_second data_share aside_share".split()
+)
 
 
 class Recorder:
@@ -313,6 +318,8 @@ class Recorder:
     def _measures(self, batch: Batch, out: Output, grad_norm: Tensor) -> dict[str, float]:
         """What a step says of the training; of one that was skipped nothing can be measured."""
         z1, z2 = (distributed.gather(z) for z in out.embeddings[:2])
+        if reserved := sorted(_RESERVED & out.metrics.keys()):
+            raise InputError(f"the metric '{reserved[0]}' of the objective is one of the loop's; give it another name")
         measured: dict[str, Tensor | float] = {"loss": out.loss.detach(), **out.metrics, "neighbour_purity": math.nan}
         if self.labels is not None and out.neighbours:
             measured["neighbour_purity"] = health.neighbour_purity(out.neighbours, batch.ids, self.labels)

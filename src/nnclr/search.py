@@ -179,11 +179,11 @@ def _found(opened: Embeddings, query: str, similarities: np.ndarray, rows: np.nd
 def _rows(opened: Embeddings, ids: Sequence[int]) -> np.ndarray:
     """Rows of the given ids."""
     order = np.argsort(opened.ids)
-    wanted = np.asarray(ids, np.int64)
+    wanted = np.array([i if -(2**63) <= i < 2**63 else -1 for i in ids], np.int64)  # ids are from 0
     place = np.searchsorted(opened.ids, wanted, sorter=order)
     rows = order[np.minimum(place, len(order) - 1)]
-    missing = wanted[opened.ids[rows] != wanted]
-    if len(missing):
+    missing = [i for i, found in zip(ids, opened.ids[rows].tolist(), strict=True) if i != found]
+    if missing:
         raise InputError(
             f"{shown(opened.path)} has no id {missing[0]}; its {len(opened)} ids go from {opened.ids.min()} to "
             f"{opened.ids.max()}, less the pictures that could not be read"

@@ -31,6 +31,7 @@ from nnclr.data.images import Source
 from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.errors import InputError, NonFiniteError
 from nnclr.evaluation.metrics import half_width
+from nnclr.evaluation.online import OnlineKNN
 from nnclr.plots import draw_sweep
 from nnclr.progress import one_of_many
 from nnclr.run_folder import Run
@@ -57,6 +58,7 @@ class Spec:
     settings: dict[str, Any]
     preset: str | None = None
     test_data: str | None = None
+    text: str = ""  # of the file
 
     def cells(self) -> Iterator[dict[str, Any]]:
         """Each combination of the grid's values."""
@@ -71,7 +73,8 @@ def read_spec(path: Path) -> Spec:
         InputError: if it cannot be read, or something is missing or unknown in it.
     """
     try:
-        values = parse_toml(path.read_bytes())
+        content = path.read_bytes()
+        values = parse_toml(content)
     except OSError as error:
         raise InputError(f"{path} cannot be read as a sweep: {(error.strerror or 'unknown reason').lower()}") from error
     except ValueError as error:  # no text, or no TOML
@@ -91,11 +94,13 @@ def read_spec(path: Path) -> Spec:
         raise InputError(f"{path} lacks a [grid] of settings with lists of values")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise InputError(f"{path}: seeds must be a list of whole numbers")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"{path}: seeds={seeds} names one twice, which is no second measurement")
     if not isinstance(settings, dict) or settings.keys() & grid.keys():
         raise InputError(f"{path}: [settings] must be a table, and name nothing that [grid] varies")
     for name in sorted((settings.keys() | grid.keys()) & _ELSEWHERE.keys()):
         raise InputError(f"{path}: {name} belongs in neither [settings] nor [grid]; use {_ELSEWHERE[name]}")
-    return Spec(values["data"], grid, seeds, settings, values.get("preset"), values.get("test_data"))
+    return Spec(values["data"], grid, seeds, settings, values.get("preset"), values.get("test_data"), content.decode())
 
 
 def run_sweep(path: Path, out: Path, quiet: bool = False) -> Path:
@@ -178,6 +183,11 @@ def check(spec: Spec, out: Path) -> None:
     for images in (source, test):
         if images is not None and images.labels is None:
             raise InputError(f"{images.name} has no labels, so that the runs of a sweep cannot be compared")
+    if OnlineKNN.create(source, test, 1, 1.0, min(spec.seeds), 0) is None:
+        raise InputError(
+            f"{source.name} has no two classes with an image to learn from and one to score, so that the runs of a "
+            "sweep cannot be compared; add images, or name a test set by test_data"
+        )
     for cell in spec.cells():
         _check_cell(source, spec, out, cell)
 
@@ -185,6 +195,7 @@ def check(spec: Spec, out: Path) -> None:
 def _check_cell(source: Source, spec: Spec, out: Path, cell: dict[str, Any]) -> None:
     fields = {**spec.settings, **cell, "seed": min(spec.seeds)}
     config = check_settings(spec.data, str(out), spec.preset, source, **fields)
+    replace(config, seed=max(spec.seeds)).check()
     if config.evaluate_every_epochs == 0:
         raise InputError("evaluate_every_epochs=0 measures nothing that a sweep could compare; use another number")
     for seed in spec.seeds:
@@ -218,7 +229,7 @@ def _distinct(origins: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(out: Path, path: Path, spec: Spec, rows: list[dict[str, Any]]) -> None:
-    record = {"spec": path.read_text(), "seeds": spec.seeds, "rows": rows}
+    record = {"spec": spec.text, "seeds": spec.seeds, "rows": rows}
     write_atomically(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
     names, seeds = list(spec.grid), f"{len(spec.seeds)} seed{'s' * (len(spec.seeds) > 1)}"
     lines = [

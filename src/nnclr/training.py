@@ -29,7 +29,7 @@ from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.blocks import repeated_blocks
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
 from nnclr.models.recompute import check_recompute, in_little_memory
-from nnclr.objectives import OBJECTIVES, Objective, find_objective
+from nnclr.objectives import Objective, find_objective, name_of
 from nnclr.optim import clip, create_optimizer, guarded_step, learning_rate
 from nnclr.recorder import Recorder
 from nnclr.run_folder import Run
@@ -74,8 +74,7 @@ def pretrain(
         own = isinstance(backbone, nn.Module)
         fields["backbone"] = f"module:{type(backbone).__name__}" if own else backbone
     if isinstance(objective, type):
-        fields["objective"] = f"{objective.__module__}:{objective.__qualname__}"
-        OBJECTIVES[fields["objective"]] = objective  # found by this name wherever it was defined
+        fields["objective"] = name_of(objective)
     elif objective is not None:
         fields["objective"] = objective
     refuse_inside(data, out)
@@ -219,6 +218,9 @@ def resolve(config: Config, source: Source) -> Config:
             f"batch_size={config.batch_size} is larger than the data: {source.name} holds {len(source)} "
             f"images; use a smaller --batch-size, such as {2 ** (len(source).bit_length() - 1)}"
         )
+    epochs, steps = config.epochs + config.extend_epochs, len(source) // config.batch_size
+    if round(epochs * steps) == 0:
+        raise InputError(f"epochs={epochs:g} of {steps} steps each are less than a step; use a larger --epochs")
     tracking.require(config.log_to)
     kind = find_objective(config.objective)
     parameters = inspect.signature(kind).parameters
@@ -357,7 +359,7 @@ def build(
         settings["labels"] = None if labels is None else torch.from_numpy(labels)
     try:
         objective = kind(width, **{name: value for name, value in settings.items() if value is not None})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a constructor of one's own may not take what its settings name
         raise InputError(str(error)) from error
     backbone = backbone.to(device).to(memory_format=torch.channels_last).train()
     objective = distributed.shared_batch_norm(objective.to(device).train(), config.sync_bn_group)

@@ -124,9 +124,14 @@ def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
     names = pc.struct_field(table[image], "path").filter(pa.array(kept)) if paths else None
     labels, class_names = None, None
     if label is not None:
-        labels, class_names = number_labels(
-            table[label].filter(pa.array(kept)), name, label, _class_names(schema, label)
-        )
+        known = [_class_names(about.schema.to_arrow_schema(), label) for about in metadata]
+        for file, theirs in zip(found, known, strict=True):
+            if theirs != known[0]:
+                raise InputError(
+                    f"{file.name} names the classes of '{safe(label)}' otherwise than {found[0].name}: the same number "
+                    "would mean two things; write the files anew with the same names"
+                )
+        labels, class_names = number_labels(table[label].filter(pa.array(kept)), name, label, known[0])
 
     def content(i: int) -> bytes:
         return pictures.content(int(groups[i]), int(rows[i]))
@@ -255,7 +260,7 @@ def number_labels(
     Whole numbers from 0 stay as they are, anything else is numbered in sorted order.
 
     Raises:
-        InputError: if a row has none.
+        InputError: if a row has none, which may be said by -1 where the classes have names.
     """
     import pyarrow as pa
 
@@ -263,6 +268,11 @@ def number_labels(
         raise InputError(f"{where}: column '{safe(title)}' lacks a label in {column.null_count} rows")
     if pa.types.is_integer(column.type):
         labels = column.to_numpy().astype(np.int64)
+        if class_names is not None and (missing := int((labels == -1).sum())):  # as Hugging Face data sets have it
+            raise InputError(
+                f"{where}: column '{safe(title)}' is -1, which means no label, in {missing} of {len(labels)} rows; "
+                "leave these rows out, or all labels"
+            )
         if labels.min() >= 0 and labels.max() < (MOST_CLASS if class_names is None else len(class_names)):
             return labels, class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
     texts = [safe(value) for value in column.to_pylist()]

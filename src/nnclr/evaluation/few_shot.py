@@ -56,10 +56,13 @@ def few_shot(
         An outcome for each number of shots.
 
     Raises:
-        InputError: if fewer than two classes have shots + 1 images, a number is too small, or a feature not finite.
+        InputError: if fewer than two classes have shots + 1 images, a number is too small, labels are not one
+            a row, or a feature is not finite.
     """
     if min(*shots, queries) < 1 or min(ways, episodes) < 2:
         raise InputError("few-shot needs at least 1 shot, 1 query, 2 ways and 2 episodes; raise the one that is lower")
+    if len(labels) != len(features):
+        raise InputError(f"{len(labels)} labels are not one for each of the {len(features)} rows of features")
     refuse_not_finite(features, "the features")
     return {count: _measure(features, labels, count, ways, queries, episodes, seed) for count in shots}
 

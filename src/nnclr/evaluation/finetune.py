@@ -73,6 +73,7 @@ def finetune(
     rows = task.readable_rows(source, rows)
     labelled = source.subset(rows) if len(rows) < len(source) else source
     epochs = (60 if fraction <= 0.02 else 30) if epochs is None else epochs
+    task.readable(scored)  # before anything is trained
     held_out = balanced_share(source.labels[rows], 0.2, task.seed)
     scores, parameters = choose_and_train(
         task, labelled, held_out, scored, len(source.class_names or ()), top1_of_scores, epochs, learning_rates
@@ -162,31 +163,32 @@ def train_classifier(task: Task, source: Source, num_classes: int, learning_rate
         raise InputError(f"{source.name} has {len(source)} labelled images to train on; fine-tuning needs two")
     encoder = task.encoder
     width = feature_dim(encoder.module, encoder.image_size)
-    with torch.random.fork_rng(devices=[]):
+    # What the network draws, such as dropout masks, comes from the seed, and leaves the caller's numbers alone.
+    with torch.random.fork_rng([encoder.device] if encoder.device.type == "cuda" else []):
         torch.manual_seed(task.seed)
         head = nn.Linear(width, num_classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    module = nn.Sequential(copy.deepcopy(encoder.module), head.to(encoder.device)).train()
-    module.requires_grad_(True)
-    batch_size = batch_size_for(len(source))
-    plan = Plan(len(source), batch_size, (crop_and_flip(encoder.image_size),), task.seed)
-    total = epochs * plan.steps_per_epoch
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, nesterov=True)
-    targets = torch.from_numpy(targets_of(source)).to(encoder.device)
-    said = time.perf_counter()
-    for batch in create_loader(source, plan, encoder.device, task.num_workers).batches(0, total):
-        rate = 0.5 * learning_rate * batch_size / 256 * (1 + np.cos(np.pi * batch.step / total))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _loss(module(renormalised(batch.views[0], encoder)), targets[batch.ids])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)  # a rate that is far too high must not end in NaN
-        optimizer.step()
-        if time.perf_counter() - said > 10:
-            task.say(f"fine-tuning with learning rate {learning_rate:g}: step {batch.step + 1} of {total}")
-            said = time.perf_counter()
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        module = nn.Sequential(copy.deepcopy(encoder.module), head.to(encoder.device)).train()
+        module.requires_grad_(True)
+        batch_size = batch_size_for(len(source))
+        plan = Plan(len(source), batch_size, (crop_and_flip(encoder.image_size),), task.seed)
+        total = epochs * plan.steps_per_epoch
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, nesterov=True)
+        targets = torch.from_numpy(targets_of(source)).to(encoder.device)
+        said = time.perf_counter()
+        for batch in create_loader(source, plan, encoder.device, task.num_workers).batches(0, total):
+            rate = 0.5 * learning_rate * batch_size / 256 * (1 + np.cos(np.pi * batch.step / total))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = _loss(module(renormalised(batch.views[0], encoder)), targets[batch.ids])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)  # a rate that is far too high must not end in NaN
+            optimizer.step()
+            if time.perf_counter() - said > 10:
+                task.say(f"fine-tuning with learning rate {learning_rate:g}: step {batch.step + 1} of {total}")
+                said = time.perf_counter()
     return Encoder(module.eval(), encoder.image_size, encoder.mean, encoder.std, crop_pct=encoder.crop_pct)
 
 

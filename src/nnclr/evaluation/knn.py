@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnclr.finite import refuse_not_finite
+from nnclr.errors import InputError
+from nnclr.finite import refuse_not_finite, refuse_other_labels
 from nnclr.kernels.lookup import bfloat16_is_native, least_maximum
 
 _BLOCK = 4096  # rows of test and of train that are compared at a time: 64 MiB of similarities
@@ -151,9 +152,12 @@ def knn_predict(
         (n,) int64 predictions; of equal votes the lowest class wins.
 
     Raises:
-        InputError: if a feature is not finite.
+        InputError: if a feature is not finite, k or the temperature is not above 0, or labels do not fit.
     """
     train, test = torch.as_tensor(train_features), torch.as_tensor(test_features)
+    if k < 1 or temperature <= 0:
+        raise InputError(f"k={k} and temperature={temperature} must be above 0")
+    refuse_other_labels(train_labels, len(train), num_classes)
     for name, features in (("training", train), ("test", test)):
         refuse_not_finite(features, f"the {name} features")
     labels = torch.as_tensor(train_labels).to(train.device)

@@ -33,13 +33,13 @@ class OnlineKNN:
         """Queries come from the test images, or from a tenth of the source where there are none.
 
         Returns:
-            None where there are no labels to measure with, or one only.
+            None where there are no labels to measure with, one only, or one image of each.
         """
         if source.labels is None or (test is not None and test.labels is None):
             return None
         bank, queries = split(source, test, seed)
         bank, queries = _sample(bank, _BANK, seed), _sample(queries, _QUERIES, seed)
-        if bank.labels is None or len(np.unique(bank.labels)) < 2:
+        if bank.labels is None or len(np.unique(bank.labels)) < 2 or not len(queries):
             return None
         return cls(bank, queries, k, temperature, seed, num_workers)
 

@@ -34,9 +34,11 @@ def retrieval(
         block: queries at a time; memory is O(block * (n + d)), time O(n^2 (d + log n)).
 
     Raises:
-        InputError: if no label occurs twice, or a feature is not finite.
+        InputError: if no label occurs twice, labels are not one a row, or a feature is not finite.
     """
     features = np.asarray(features, np.float32)
+    if len(labels) != len(features):
+        raise InputError(f"{len(labels)} labels are not one for each of the {len(features)} rows of features")
     labels = np.unique(labels, return_inverse=True)[1].reshape(-1)
     asked = np.flatnonzero(np.bincount(labels)[labels] > 1)
     if not len(asked):

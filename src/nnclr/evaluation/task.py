@@ -10,10 +10,11 @@ from torch import Tensor
 
 from nnclr import counter
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, View, normalize, policy
+from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.data.source import open_source, test_split
 from nnclr.encoder import Encoder
-from nnclr.errors import InputError, NonFiniteError
+from nnclr.errors import DataError, InputError, NonFiniteError
 from nnclr.evaluation.features import embedded
 
 _HOLD_OUT = 0.1  # share of the data that is scored where there is no test set
@@ -119,12 +120,26 @@ class Task:
         vectors = self.embedded(source)
         rows = np.flatnonzero(np.isfinite(vectors[:, 0]))  # the row of an image that cannot be read is NaN as a whole
         if not len(rows):
-            raise NonFiniteError(f"no image of {source.name} gives finite features: the network has diverged")
+            raise none_readable(source) or NonFiniteError(
+                f"no image of {source.name} gives finite features: the network has diverged"
+            )
         if len(rows) == len(vectors):
             return vectors, rows
         unread = len(vectors) - len(rows)
         self.warn(f"{unread} of {len(source)} images of {source.name} cannot be read and are left out")
         return vectors[rows], rows
+
+
+def none_readable(source: Source) -> DataError | None:
+    """The error for images of which the first cannot be read, where none has features; None if it can be."""
+    try:
+        source.read(0)
+    except BadImage as error:
+        return DataError(
+            f"none of the {len(source)} images of {source.name} can be read; "
+            f"the first is {source.describe(0)} ({error})"
+        )
+    return None
 
 
 def _check_classes(source: Source) -> None:

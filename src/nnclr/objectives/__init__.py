@@ -6,6 +6,7 @@
 import difflib
 import importlib
 
+from nnclr.errors import InputError
 from nnclr.objectives.all4one import All4One
 from nnclr.objectives.barlow_twins import BarlowTwins
 from nnclr.objectives.byol import BYOL
@@ -38,14 +39,30 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+_GIVEN: dict[str, type[Objective]] = {}  # classes that were passed in Python, wherever they were defined
+
+
+def name_of(kind: type[Objective]) -> str:
+    """The name by which `find_objective` finds a class from now on in this process.
+
+    Raises:
+        InputError: if it is no objective.
+    """
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    if not issubclass(kind, Objective):
+        raise InputError(f"{name} is no subclass of nnclr.Objective")
+    _GIVEN[name] = kind
+    return name
+
+
 def find_objective(name: str) -> type[Objective]:
     """The class of a shipped name, or of `MODULE:CLASS` on Python's path.
 
     Raises:
         ValueError: if there is none; the message suggests the nearest shipped one.
     """
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
+    if (known := OBJECTIVES.get(name, _GIVEN.get(name))) is not None:
+        return known
     module, _, kind = name.partition(":")
     if kind:
         try:
