@@ -93,7 +93,7 @@ def test_ids_have_gaps_where_pictures_could_not_be_read(folder):
     assert 3 not in opened.ids  # blue/06.png
     assert search_file(folder / "e.parquet", ids=[4], k=1)[0].query == "id 4"
     assert opened.names[opened.ids.tolist().index(4)] == "blue/08.png"
-    for wrong in (3, 40, -1, 10**12):
+    for wrong in (3, 40, -1, 10**12, 10**20, -(10**20)):
         with pytest.raises(InputError, match=rf"has no id {wrong}; its 39 ids go from 0 to 39"):
             search_file(folder / "e.parquet", ids=[wrong])
 

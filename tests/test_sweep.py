@@ -140,6 +140,9 @@ def test_a_folder_with_something_else_is_no_place_for_a_sweep(spec, tmp_path, ca
         (("seeds = [0, 1]", "test_data = 3"), "test_data=3 must be text"),
         (("seeds = [0, 1]", 'test_data = "nowhere"'), "nowhere"),
         (("seeds = [0, 1]", "seeds = [0, -1]"), "seed=-1 must be"),
+        (("seeds = [0, 1]", f"seeds = [0, {2**63}, 1]"), "must be below"),
+        (("seeds = [0, 1]", "seeds = [1, 0, 1]"), r"seeds=\[1, 0, 1\] names one twice"),
+        (("epochs = 1\n", "epochs = 0.01\n"), "less than a step"),
         (("/photos", "/photos/cats"), "has no labels"),
         (("flip = [0.0]", "evaluate_every_epochs = [1, 0]"), "evaluate_every_epochs=0 measures nothing"),
         (("flip = [0.0]", "neighbour_k = [1, 2]"), "neighbour_k=2 needs"),
@@ -304,6 +307,27 @@ def test_a_failed_run_is_left_out_of_the_mean_and_tried_again(finished, spec, mo
         failing[:] = [error]
         with pytest.raises(type(error)):
             sweep.run_sweep(spec, finished, quiet=True)
+
+
+def test_a_spec_that_vanishes_meanwhile_is_recorded_as_it_was_run(finished, spec, monkeypatch):
+    text, pretrain = spec.read_text(), sweep.pretrain
+
+    def meanwhile(data, out, **options):
+        spec.unlink(missing_ok=True)
+        return pretrain(data, out, **options)
+
+    monkeypatch.setattr(sweep, "pretrain", meanwhile)
+    sweep.run_sweep(spec, finished, quiet=True)
+    assert json.loads((finished / "results.json").read_text())["spec"] == text
+
+
+def test_labels_of_one_image_each_are_refused_before_the_first_run(spec, tmp_path):
+    photos = next((tmp_path / "photos").rglob("*.png")).parent.parent
+    for i, path in enumerate(sorted(photos.rglob("*.png"))):
+        (photos / str(i)).mkdir()
+        path.rename(photos / str(i) / "x.png")
+    with pytest.raises(InputError, match="no two classes with an image to learn from and one to score"):
+        sweep.run_sweep(spec, tmp_path / "out", quiet=True)
 
 
 def test_ctrl_c_between_runs_is_no_loss(finished, spec, monkeypatch, capsys):

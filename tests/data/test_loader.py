@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from nnclr.data import loader as loader_module
-from nnclr.data.augment import crop_image, policy
+from nnclr.data.augment import crop_image, draw_parameters, finish, policy
 from nnclr.data.decode import BadImage, decode
 from nnclr.data.images import Source, array_source
 from nnclr.data.loader import Plan, ResidentLoader, StreamLoader, create_loader
@@ -65,6 +65,22 @@ def test_starting_anywhere_gives_the_same_batches(kind, start):
     assert len(part) == 7 - start
     assert all(same(one, two) for one, two in zip(whole[start:], part, strict=True))
     assert not same(whole[0], part[0])
+
+
+def test_every_view_is_cut_and_coloured_by_its_own_parameters():
+    """Large and small views of a stream, image by image, against the functions that make one view."""
+    views = policy("multi-crop", 32, small_views=2, small_view_size=16)
+    plan = Plan(9, 4, views, seed=3)
+    images = pictures(9, 48)
+    for batch in StreamLoader(array_source(images, None), plan, CPU, 2).batches(0, 3):
+        ids = batch.ids.numpy()
+        assert len(batch.views) == 4
+        for index, (view, made) in enumerate(zip(views, batch.views, strict=True)):
+            drawn = draw_parameters(view, 3, plan.epoch(batch.step), ids, index, 48, 48)
+            for row, i in enumerate(ids):
+                cut = crop_image(images[i], drawn.boxes[row], bool(drawn.flips[row]), view.size)
+                expected = finish(torch.from_numpy(cut)[None], drawn[row : row + 1], view)
+                assert torch.equal(made[row : row + 1], expected)
 
 
 def test_workers_do_not_change_a_bit():

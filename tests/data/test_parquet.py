@@ -86,6 +86,25 @@ def test_names_of_classes_come_from_the_metadata(tmp_path):
     assert open_source(tmp_path / "y.parquet").class_names == ("0", "1", "2")
 
 
+def test_numbers_that_mean_different_classes_are_refused(tmp_path):
+    for name, classes in (("x", ["ant", "bee", "cat"]), ("y", ["bee", "ant", "cat"])):
+        pq.write_table(table(range(6), classes), tmp_path / f"{name}.parquet")
+    with pytest.raises(InputError, match=r"y.parquet names the classes of 'label' otherwise than .*x.parquet"):
+        open_source(tmp_path)
+    assert len(open_source(f"{tmp_path}/*.parquet?label=")) == 12
+
+
+def test_minus_one_is_no_class_where_classes_have_names(tmp_path):
+    made = table(range(6), ["ant", "bee", "cat"])
+    labels = pa.array([0, -1, 2, 1, -1, 0], pa.int64())
+    pq.write_table(made.set_column(1, "label", labels), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="column 'label' is -1, which means no label, in 2 of 6 rows"):
+        open_source(tmp_path / "x.parquet")
+    assert open_source(f"{tmp_path}/x.parquet?label=").labels is None
+    pq.write_table(table(range(6)).set_column(1, "label", labels), tmp_path / "y.parquet")  # any number may be a name
+    assert open_source(tmp_path / "y.parquet").class_names == ("-1", "0", "1", "2")
+
+
 def test_a_folder_of_images_stays_one_beside_a_parquet_file(folder):
     (folder / "x.png").write_bytes(png(0))
     assert open_source(folder).describe(0) == "x.png"

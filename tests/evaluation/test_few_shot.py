@@ -106,12 +106,18 @@ def test_episodes_are_cut_to_the_data():
         "with 5 shots an episode has 2 classes instead of 5, as there are no more",
         "with 5 shots 7 images a class are classified instead of 15, as the smallest class has 12",
     ]
+    assert list(episodes_cut([found[1]], queries=4)) == [
+        "with 1 shot one class takes no part, which has fewer than 2 images",
+        "with 1 shot an episode has 3 classes instead of 5, as there are no more",
+    ]
     assert list(episodes_cut(found.values(), ways=2, queries=1))[1:] == [
         "with 4 shots one class takes no part, which has fewer than 5 images",
         "with 5 shots 2 classes take no part, which have fewer than 6 images",
     ]
     with pytest.raises(InputError, match="needs two classes of at least 13 images, and the data has 1;"):
         few_shot(features, labels, (1, 12))
+    with pytest.raises(InputError, match="47 labels are not one for each of the 48 rows"):
+        few_shot(features, labels[1:])
 
 
 def test_images_outside_an_episode_do_not_matter(clusters):

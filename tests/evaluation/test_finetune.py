@@ -10,7 +10,7 @@ from torch import nn
 import nnclr
 from nnclr.data.images import array_source
 from nnclr.encoder import Encoder
-from nnclr.errors import InputError
+from nnclr.errors import DataError, InputError
 from nnclr.evaluation import finetune as module
 from nnclr.evaluation.finetune import (
     _loss,
@@ -217,6 +217,33 @@ def test_unreadable_images_are_not_counted(tmp_path, encoder, pictures):
     result = nnclr.evaluate(encoder, str(tmp_path), pictures_of(pictures), **options)
     assert result.n_train == 120
     assert any("1 of 121 images" in line for line in said)
+
+
+def test_dropout_of_the_network_comes_from_the_seed(pictures):
+    """Twice the same, whatever was drawn before; and the caller's numbers are left alone."""
+    source = array_source(*pictures)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.Dropout(0.5), nn.Linear(32, 8))
+    found = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        found.append(train_classifier(task_of(Encoder(network, 16)), source, 4, 0.1, 2).embed(source))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(*found)
+    other = train_classifier(task_of(Encoder(network, 16), seed=1), source, 4, 0.1, 2).embed(source)
+    assert not np.array_equal(found[0], other)
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "knn", "linear"])
+def test_unreadable_test_images_are_told_before_training(tmp_path, pictures, encoder, protocol, monkeypatch):
+    for label in range(4):
+        (tmp_path / str(label)).mkdir()
+        (tmp_path / str(label) / "bad.png").write_bytes(b"no picture")
+    monkeypatch.setattr(module, "train_classifier", None)
+    options = {"epochs": 1} if protocol != "knn" else {}
+    with pytest.raises(DataError, match=r"none of the 4 images of .* can be read; the first is 0/bad\.png \(not_an"):
+        nnclr.evaluate(encoder, pictures_of(pictures), str(tmp_path), protocol=protocol, **options)
 
 
 def pictures_of(pictures):

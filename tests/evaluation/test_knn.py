@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from nnclr.errors import InputError
 from nnclr.evaluation import knn
 from nnclr.evaluation.knn import cross_group_recall, knn_accuracy, knn_predict, nearest_rows
 from tests.reference import unit
@@ -111,6 +112,26 @@ def test_what_is_known_of_other_rows_raises_the_bound(native, monkeypatch):
     assert (second > alone + 1e-3).any()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": 0}, "k=0 and temperature=0.07 must be above 0"),
+        ({"temperature": 0.0}, "k=20 and temperature=0.0 must be above 0"),
+        ({"train_labels": np.zeros(29, np.int64)}, r"labels of shape \(29,\) are not one for each of the 30 rows"),
+        ({"train_labels": np.full(30, 3)}, "labels of 3 classes must be whole numbers from 0 to 2"),
+        ({"train_labels": np.full(30, -1)}, "whole numbers from 0 to 2"),
+        ({"train_labels": np.zeros(30)}, "whole numbers from 0 to 2"),
+        ({"train_features": np.zeros((0, 4)), "train_labels": np.zeros(0, np.int64)}, "one for each of the 0 rows"),
+    ],
+)
+def test_what_cannot_vote_is_refused(change, words):
+    features = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    given = {"train_features": features, "train_labels": np.arange(30) % 3, "test_features": features, "num_classes": 3}
+    assert len(knn_predict(**given)) == 30
+    with pytest.raises(InputError, match=words):
+        knn_predict(**given | change)
+
+
 def test_more_voters_than_rows():
     assert knn_predict(np.eye(3), [0, 1, 2], np.eye(3), 3, k=20).tolist() == [0, 1, 2]
 
@@ -127,6 +148,7 @@ def test_memory_is_bounded():
     code = """
 import resource, torch
 torch.set_num_threads(1)
+from nnclr.errors import InputError
 from nnclr.evaluation import knn
 from nnclr.evaluation.knn import nearest_rows
 train, test = torch.randn(30000, 8), torch.randn(30000, 8)

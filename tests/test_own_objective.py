@@ -1,0 +1,102 @@
+"""Objectives of one's own, given as classes: what is asked of them, and that they stay out of other runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nnclr
+from nnclr import findings
+from nnclr.errors import InputError
+from nnclr.objectives import SimCLR
+
+SETTINGS = {"backbone": "small-convnet", "image_size": 16, "batch_size": 32, "epochs": 1, "device": "cpu"}
+SETTINGS |= {"embedding_dim": 16, "projector_hidden_dim": 32, "precision": "fp32", "quiet": True}
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 255, (64, 16, 16, 3), dtype=np.uint8)
+
+
+class Greedy(SimCLR):
+    """Takes a setting of every run for its own."""
+
+    settings = (*SimCLR.settings, "epochs")
+
+    def __init__(self, *arguments, epochs, **settings):
+        super().__init__(*arguments, **settings)
+
+
+class Wrong(SimCLR):
+    """Names a setting that its constructor does not take."""
+
+    settings = (*SimCLR.settings, "neighbour_k")
+
+
+class Loud(SimCLR):
+    """Reports a loss of its own."""
+
+    def forward(self, features, targets=None, ids=None):
+        out = super().forward(features, targets, ids)
+        out.metrics["loss"] = torch.zeros(())
+        return out
+
+
+def test_a_class_changes_no_later_run(images, tmp_path):
+    nnclr.pretrain(images, tmp_path / "greedy", objective=Greedy, **SETTINGS)
+    assert nnclr.pretrain(images, tmp_path / "plain", **SETTINGS).metrics
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Wrong, "unexpected keyword argument 'neighbour_k'"),
+        (torch.nn.Linear, r"torch\.nn\.modules\.linear:Linear is no subclass of nnclr\.Objective"),
+    ],
+)
+def test_what_is_no_objective_is_refused_before_anything_is_written(images, tmp_path, kind, words):
+    extra = {"neighbour_k": 2} if kind is Wrong else {}
+    with pytest.raises(InputError, match=words):
+        nnclr.pretrain(images, tmp_path / "run", objective=kind, **SETTINGS, **extra)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_may_not_replace_one_of_the_loop(images, tmp_path):
+    with pytest.raises(
+        InputError, match="the metric 'loss' of the objective is one of the loop's; give it another name"
+    ):
+        nnclr.pretrain(images, tmp_path / "run", objective=Loud, log_every_steps=1, **SETTINGS)
+
+
+def test_the_report_does_not_call_a_full_support_set_empty():
+    """Where an objective fills a support set and does not say which neighbours it took."""
+
+    def said(fill):
+        metrics = [{"step": 1, "support_set_fill": fill}]
+        (finding,) = findings._neighbours(
+            findings.Record(Path("run"), {"support_set_size": 32}, "", {}, metrics, [], [], [], ())
+        )
+        return finding.text
+
+    assert said(1.0) == "The objective does not say which ones it took, so they have no purity or age."
+    assert "the support set is empty at first" in said(0.0)
+
+
+def test_labels_of_one_image_each_only_leave_the_knn_out(images, tmp_path):
+    run = nnclr.pretrain((images, np.arange(64)), tmp_path / "run", **SETTINGS)
+    assert run.metrics
+    assert run.evaluations == []
+
+
+def test_a_run_of_no_step_is_refused(images, tmp_path):
+    with pytest.raises(InputError, match=r"epochs=0\.2 of 2 steps each are less than a step"):
+        nnclr.pretrain(images, tmp_path / "run", **SETTINGS | {"epochs": 0.2})
+    assert not (tmp_path / "run").exists()
+    assert nnclr.pretrain(images, tmp_path / "run", **SETTINGS | {"epochs": 0.3}).metrics[-1]["step"] == 1
+
+
+def test_a_seed_that_torch_cannot_take_is_refused(images, tmp_path):
+    with pytest.raises(InputError, match=r"seed=9223372036854775808 must be below 2\*\*63"):
+        nnclr.pretrain(images, tmp_path / "run", **SETTINGS, seed=2**63)
