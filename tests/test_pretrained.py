@@ -178,3 +178,9 @@ def test_run_folder_and_encoder_pass_through(tmp_path, pictures, tiny):
 def test_what_is_no_encoder_is_one_sentence(spec, words):
     with pytest.raises(InputError, match=words.replace("?", r"\?")):
         open_encoder(spec)
+
+
+def test_a_bare_network_is_told_how_it_becomes_an_encoder(pictures):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))
+    with pytest.raises(InputError, match=r"a Sequential does not say which images it wants; use nnclr\.Encoder"):
+        nnclr.evaluate(network, pictures)
