@@ -82,6 +82,17 @@ def test_widths_and_memory_are_those_counted_by_hand(state):
     assert pixels < activations < 1.6 * pixels
 
 
+def test_what_exists_by_now_is_counted_with_the_moments_after_a_step():
+    state = state_of(SimCLR(WIDTH, DIM, HIDDEN))
+    state.optimizer = torch.optim.Adam(state.backbone.parameters())
+    before = memory.held_memory(state)
+    assert before == sum(t.nbytes for m in (state.backbone, state.objective) for t in m.state_dict().values())
+    state.backbone(torch.rand(2, 3, SIZE, SIZE)).sum().backward()
+    state.optimizer.step()
+    weights = list(state.backbone.parameters())
+    assert memory.held_memory(state) == before + sum(2 * w.nbytes + 4 for w in weights)  # and a count of steps each
+
+
 class Block(torch.nn.Module):
     """Keeps its input and two maps of the same size behind it."""
 

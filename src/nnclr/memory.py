@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnclr.models.blocks import repeated_blocks
@@ -60,7 +60,7 @@ def shortage(config: Any, state: TrainState, sizes: list[int]) -> str | None:
             measured = measure(state, sizes)
     except Exception:  # noqa: BLE001  (objectives of others may need more images, networks may do anything)
         return None
-    need = need_of(config, state, sizes, measured, held=state.nbytes())
+    need = need_of(config, state, sizes, measured, held=held_memory(state))
     if need.fits:
         return None
     return (
@@ -110,6 +110,13 @@ def fixed_memory(state: TrainState, heads: bool = True) -> int:
     held: int = sum(t.nbytes for module in modules for t in module.state_dict().values())
     trained: int = sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
     return held + 3 * trained
+
+
+def held_memory(state: TrainState) -> int:
+    """Bytes of `fixed_memory` that exist by now: after a step, or in a run that goes on, also the moments."""
+    modules = [module for module in (state.backbone, state.objective, state.average) if module is not None]
+    held: int = sum(t.nbytes for module in modules for t in module.state_dict().values())
+    return held + sum(t.nbytes for moments in state.optimizer.state.values() for t in moments.values() if is_tensor(t))
 
 
 class Measured(NamedTuple):
