@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nnclr
-from nnclr import findings
+from nnclr import findings, recorder
 from nnclr.errors import InputError
 from nnclr.objectives import SimCLR
 
@@ -100,3 +100,11 @@ def test_a_run_of_no_step_is_refused(images, tmp_path):
 def test_a_seed_that_torch_cannot_take_is_refused(images, tmp_path):
     with pytest.raises(InputError, match=r"seed=9223372036854775808 must be below 2\*\*63"):
         nnclr.pretrain(images, tmp_path / "run", **SETTINGS, seed=2**63)
+
+
+def test_every_name_that_the_loop_writes_is_reserved(images, tmp_path):
+    settings = SETTINGS | {"predictor_hidden_dim": 32, "support_set_size": 32, "epochs": 2, "log_every_steps": 1}
+    run = nnclr.pretrain((images, np.arange(64) % 2), tmp_path / "run", **settings)
+    of_nnclr = {"neighbour_similarity", "neighbour_age", "own_id_share", "distinct_neighbours"}
+    of_nnclr |= {"support_set_fill", "loss_chance"}
+    assert {name for line in run.metrics for name in line} - of_nnclr == recorder._RESERVED
