@@ -267,14 +267,19 @@ def test_a_network_without_weights_is_measured():
 
 
 def test_a_step_is_tried_only_where_a_greedy_network_would_not_fit(monkeypatch, state):
-    """64 images of two views of 8 x 8 pixels are at most 512 MiB of activations, at 64 KiB a pixel."""
+    """64 images of two views of 8 x 8 pixels are at most 512 MiB of activations, at 64 KiB a pixel.
+
+    Here they are 64 MB, and 0.3 MB of pixels; of 100 MB of weights and the like half exist and are no longer free.
+    """
 
     class config:
         device, batch_size, recompute, grad_cache, fsdp = "cpu", 64, False, None, False
 
     tried = []
+    monkeypatch.setattr(memory, "fixed_memory", lambda state: 100e6)
+    monkeypatch.setattr(memory, "held_memory", lambda state: 50e6)
     monkeypatch.setattr(memory, "measure", lambda *_: tried.append(1) or memory.Measured(1.0, 1e6, None, 5, 6))
-    for free, trials, fits in ((600e6, 0, True), (590e6, 1, True), (73e6, 2, True), (70e6, 3, False)):
+    for free, trials, fits in ((710e6, 0, True), (700e6, 1, True), (133e6, 2, True), (132e6, 3, False)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert (memory.shortage(config, state, [SIZE, SIZE]) is None) == fits
         assert len(tried) == trials
