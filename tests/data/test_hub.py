@@ -81,7 +81,9 @@ def test_columns(tmp_path):
 
 def test_hidden_labels_are_none(tmp_path):
     rows(labels=[-1] * 12).save_to_disk(tmp_path / "x")
-    assert open_source(f"hf:{tmp_path}/x").labels is None
+    source = open_source(f"hf:{tmp_path}/x")
+    assert source.labels is None
+    assert source.unlabelled == "column 'label' is -1 in some rows, which means no label"
 
 
 def test_a_folder_of_parquet_files(tmp_path):

@@ -98,9 +98,10 @@ def test_minus_one_is_no_class_where_classes_have_names(tmp_path):
     made = table(range(6), ["ant", "bee", "cat"])
     labels = pa.array([0, -1, 2, 1, -1, 0], pa.int64())
     pq.write_table(made.set_column(1, "label", labels), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match="column 'label' is -1, which means no label, in 2 of 6 rows"):
-        open_source(tmp_path / "x.parquet")
-    assert open_source(f"{tmp_path}/x.parquet?label=").labels is None
+    source = open_source(tmp_path / "x.parquet")
+    assert (source.labels, source.class_names) == (None, None)
+    assert source.unlabelled == "column 'label' is -1 in some rows, which means no label"
+    assert open_source(f"{tmp_path}/x.parquet?label=").unlabelled == ""
     pq.write_table(table(range(6)).set_column(1, "label", labels), tmp_path / "y.parquet")  # any number may be a name
     assert open_source(tmp_path / "y.parquet").class_names == ("-1", "0", "1", "2")
 

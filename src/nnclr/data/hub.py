@@ -12,7 +12,7 @@ import numpy as np
 
 from nnclr.data.decode import BadImage, decode, read_file
 from nnclr.data.images import Source, safe, shown
-from nnclr.data.parquet import number_labels, parquet_source
+from nnclr.data.parquet import hidden_labels, number_labels, parquet_source
 from nnclr.errors import InputError, first_line
 
 _SPLITS = frozenset("train training test testing val valid validation dev eval evaluation".split())  # usual names
@@ -140,7 +140,8 @@ def _source(data: Any, name: str, image: str | None, label: str | None, below: S
                 digest.update(f"{os.path.basename(path or '')} {size}\n".encode("utf-8", "backslashreplace"))
         digest.update(pc.binary_length(column).fill_null(-1).to_numpy().astype("<i8").tobytes())
     names = pa.chunked_array([part for column in paths for part in column.chunks], pa.string())
-    labels, class_names = _labels(data, _column(data, label, "label", datasets.ClassLabel, name), name)
+    chosen = _column(data, label, "label", datasets.ClassLabel, name)
+    labels, class_names = _labels(data, chosen, name)
     digest.update(b"" if labels is None else labels.tobytes())
 
     def content(i: int) -> bytes:
@@ -150,8 +151,17 @@ def _source(data: Any, name: str, image: str | None, label: str | None, below: S
         file = names[i].as_py() if len(names) else None
         return f"{name}#{i}" if file is None else safe(file)
 
+    unlabelled = hidden_labels(chosen) if chosen is not None and labels is None else ""
     return Source(
-        name, len(data), lambda i: decode(content(i)), title, digest.hexdigest(), labels, class_names, content=content
+        name,
+        len(data),
+        lambda i: decode(content(i)),
+        title,
+        digest.hexdigest(),
+        labels,
+        class_names,
+        unlabelled=unlabelled,
+        content=content,
     )
 
 
@@ -168,12 +178,10 @@ def _column(data: Any, asked: str | None, usual: str, kind: type, name: str) -> 
 
 
 def _labels(data: Any, column: str | None, name: str) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Class indices and names; none where a ClassLabel says -1, as hidden test labels do."""
+    """Class indices and names; neither where a ClassLabel says -1, see `number_labels`."""
     if column is None:
         return None, None
     values, known = data.with_format("arrow")[column][:], getattr(data.features[column], "names", None)
-    if known is not None and min(values.to_pylist(), default=0) == -1:
-        return None, None
     return number_labels(values, name, column, None if known is None else tuple(map(safe, known)))
 
 

@@ -148,6 +148,7 @@ def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
         _fingerprint(found, query, labels),
         labels,
         class_names,
+        unlabelled=hidden_labels(label) if label is not None and labels is None else "",
         revision=hashlib.sha256("\n".join(file.stamp for file in found).encode()).hexdigest(),
         content=content,
         blocks=tuple(np.bincount(groups, minlength=len(pictures.rows)).tolist()),
@@ -252,15 +253,21 @@ def _fingerprint(found: list[File], query: dict[str, str], labels: np.ndarray | 
     return digest.hexdigest()
 
 
+def hidden_labels(column: str) -> str:
+    """Why there are no labels, where a column would have them."""
+    return f"column '{safe(column)}' is -1 in some rows, which means no label"
+
+
 def number_labels(
     column: Any, where: str, title: str, class_names: tuple[str, ...] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
+) -> tuple[np.ndarray, tuple[str, ...]] | tuple[None, None]:
     """Class indices (n,) of an Arrow column, and the names of the classes.
 
-    Whole numbers from 0 stay as they are, anything else is numbered in sorted order.
+    Neither where the classes have names and a row says -1, as hidden test labels of Hugging Face data sets do. Whole
+    numbers from 0 stay as they are, anything else is numbered in sorted order.
 
     Raises:
-        InputError: if a row has none, which may be said by -1 where the classes have names.
+        InputError: if a row has none.
     """
     import pyarrow as pa
 
@@ -268,11 +275,8 @@ def number_labels(
         raise InputError(f"{where}: column '{safe(title)}' lacks a label in {column.null_count} rows")
     if pa.types.is_integer(column.type):
         labels = column.to_numpy().astype(np.int64)
-        if class_names is not None and (missing := int((labels == -1).sum())):  # as Hugging Face data sets have it
-            raise InputError(
-                f"{where}: column '{safe(title)}' is -1, which means no label, in {missing} of {len(labels)} rows; "
-                "leave these rows out, or all labels"
-            )
+        if class_names is not None and labels.min(initial=0) == -1:
+            return None, None
         if labels.min() >= 0 and labels.max() < (MOST_CLASS if class_names is None else len(class_names)):
             return labels, class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
     texts = [safe(value) for value in column.to_pylist()]
