@@ -25,6 +25,9 @@ OF_PRETRAIN = {
     [
         ("pretrain x --out y --epoch 3", "--epoch is no flag of nnclr pretrain; did you mean --epochs?"),
         ("pretrain no-such-folder --dry_run", "no-such-folder does not exist"),
+        ("pretrain x --lr 3", "--lr is no flag of nnclr pretrain; did you mean --learning-rate?"),
+        ("pretrain x --queue-size 3", "--queue-size is no flag of nnclr pretrain; did you mean --support-set-size?"),
+        ("explore x --lr 3", "--lr is no flag of nnclr explore; see nnclr explore --help"),
         ("pretrain x --dry_rum", "--dry-rum is no flag of nnclr pretrain; did you mean --dry-run?"),
         ("pretrain x", "nnclr pretrain needs --out; see nnclr pretrain --help"),
         ("pretrain", "nnclr pretrain needs DATA and --out; see nnclr pretrain --help"),

@@ -94,6 +94,8 @@ def test_a_preset_may_be_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"lr": 0.1}, "no setting is called 'lr'; did you mean learning_rate"),
+        ({"memory_bank_size": 9}, "no setting is called 'memory_bank_size'; did you mean support_set_size"),
         ({"temprature": 0.1}, "no setting is called 'temprature'; did you mean temperature"),
         ({"epochs": 0}, "epochs=0.0 must be a finite number above 0"),
         ({"epochs": float("inf")}, "epochs=inf must be a finite number"),

@@ -6,7 +6,6 @@ it refuses, the words are gone through once more here to say which one is wrong.
 
 import contextlib
 import dataclasses
-import difflib
 import io
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from nnclr.errors import InputError
+from nnclr.suggestion import did_you_mean
 
 Options = TypeVar("Options")
 _KINDS = {int: "a whole number", float: "a number"}
@@ -157,8 +157,7 @@ def mistake(options: Sequence[Option], words: Sequence[str], verb: str) -> str |
         if _is_flag(word) and not ended:
             name, *values = _split(word, flags)
             if name not in flags:
-                near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
-                return f"{name} is no flag of nnclr {verb}" + (f"; did you mean {near[0]}?" if near else "")
+                return f"{name} is no flag of nnclr {verb}{did_you_mean(name, flags)}"
             option = flags[name]
         elif places:
             option = places.popleft()

@@ -18,6 +18,7 @@ from nnclr.blotted import without_secrets
 from nnclr.bounded_toml import parse_toml
 from nnclr.errors import InputError
 from nnclr.objectives import OBJECTIVES, Objective, find_objective
+from nnclr.suggestion import did_you_mean
 
 # Fields that may differ when a run is resumed: they change where things are, what is looked at and how
 # often, but no bit of the weights. The images themselves are compared by fingerprint instead of by name.
@@ -266,9 +267,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     typed = {}
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{where}: no setting is called '{name}'{hint}")
+            raise InputError(f"{where}: no setting is called '{name}'{did_you_mean(name, hints)}")
         kind = get_origin(hints[name])
         allowed = {str if kind is Literal else tuple} if _choices(hints[name]) else set(get_args(hints[name]))
         allowed = {get_origin(one) or one for one in allowed or {hints[name]}}
