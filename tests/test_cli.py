@@ -173,7 +173,7 @@ def test_whole_way_of_a_user(capsys, tmp_path, photos):
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert "40 images, 2 classes (only to measure)" in said
-    assert "online kNN: 4 images, each by the labels of its nearest among 36 others" in said
+    assert "online kNN: 4 images, each by the labels of its 20 nearest among 36 others" in said
     assert re.search(r"step +4/4 +loss \d\.\d+ \(chance 2\.77\) +neighbour purity \d+ %", said)
     assert re.search(r"step +0/4 +kNN \d+\.\d %", said)
     names = {path.name for path in run.iterdir()}

@@ -204,3 +204,13 @@ def test_ranges_of_an_augmentation_are_fields():
 def test_default_warm_up_is_the_papers_or_a_tenth_of_a_short_run(pictures, epochs, expected):
     config = make_config("data", "out", image_size=16, batch_size=24, epochs=epochs)
     assert resolve(config, open_source(pictures)).warmup_epochs == pytest.approx(expected)
+
+
+def test_a_recipe_does_not_build_on_another(tmp_path):
+    (tmp_path / "mine.toml").write_text('preset = "demo"\nepochs = 2\n')
+    with pytest.raises(
+        InputError, match=r"mine.toml: a recipe cannot build on preset='demo'; copy the lines of that one"
+    ):
+        load_preset(str(tmp_path / "mine.toml"))
+    (tmp_path / "config.toml").write_text(to_toml(make_config("data", "out", "demo")))  # of a run
+    assert load_preset(str(tmp_path / "config.toml"))["learning_rate"] == load_preset("demo")["learning_rate"]

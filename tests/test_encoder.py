@@ -390,3 +390,17 @@ def test_its_text_is_one_line_without_the_layers():
     assert said.startswith("Encoder(image_size=32")
     assert "Conv" not in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"module": "resnet18"}, "an encoder holds a network, not 'resnet18'; open_encoder takes names"),
+        ({"image_size": 0}, "image_size=0 must be above 0"),
+        ({"mean": (0.0, 0.0)}, "three numbers"),
+        ({"std": (0.0, 1.0, 1.0)}, "those of std above 0"),
+    ],
+)
+def test_what_cannot_embed_is_no_encoder(change, words):
+    with pytest.raises(InputError, match=words):
+        Encoder(**{"module": nn.Flatten()} | change)

@@ -363,7 +363,12 @@ def load_preset(name: str) -> dict[str, Any]:
     if name in presets():
         return _parse((resources.files("nnclr") / "presets" / f"{name}.toml").read_bytes(), f"preset {name}")
     if name.endswith(".toml") and Path(name).is_file():
-        return _parse(Path(name).read_bytes(), name)
+        values = _parse(Path(name).read_bytes(), name)
+        if "preset" in values and "out" not in values:  # in the config.toml of a run it is history
+            raise InputError(
+                f"{name}: a recipe cannot build on preset={values['preset']!r}; copy the lines of that one"
+            )
+        return values
     near = difflib.get_close_matches(name, presets(), n=1, cutoff=0.3)
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(f"no preset is called '{name}'; {hint}there are {', '.join(presets())}, or name a .toml file")

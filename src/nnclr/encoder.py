@@ -57,6 +57,9 @@ class Encoder:
         crop_pct: the shorter side is resized to image_size / crop_pct and the centre is cut out; default 1 up to
             64 pixels and 224/256 above.
         name: how it was asked for; empty for a module of your own.
+
+    Raises:
+        InputError: if the module is none, or the normalisation cannot be computed.
     """
 
     module: nn.Module = field(repr=False)
@@ -68,6 +71,13 @@ class Encoder:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise InputError(f"an encoder holds a network, not {self.module!r}; open_encoder takes names of encoders")
+        if self.image_size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise InputError(
+                f"image_size={self.image_size} must be above 0, and mean={self.mean} and std={self.std} three numbers "
+                "each, those of std above 0"
+            )
         if self.crop_pct is None:
             self.crop_pct = 1.0 if self.image_size <= SMALL_IMAGE else 0.875
 

@@ -131,8 +131,8 @@ class Recorder:
                 )
         if self.knn is not None and self.evaluate_every:
             say(
-                f"online kNN: {len(self.knn.queries)} images, each by the labels of its nearest among "
-                f"{len(self.knn.bank)} others"
+                f"online kNN: {len(self.knn.queries)} images, each by the labels of its "
+                f"{self.knn.voters} nearest among {len(self.knn.bank)} others"
             )
         self.resumed_from = None if skipped is None else self.state.step
         begun = -1 if skipped is None else self.state.step

@@ -43,13 +43,18 @@ class OnlineKNN:
             return None
         return cls(bank, queries, k, temperature, seed, num_workers)
 
+    @property
+    def voters(self) -> int:
+        """Neighbours that vote: k, or fewer in a small bank, of which ten images may turn out to be unreadable."""
+        return min(self.k, max(1, len(self.bank) - 10))
+
     def measure(self, encoder: Encoder) -> Result:
         """kNN accuracy of the encoder as it is now."""
         return evaluate(
             encoder,
             self.bank,
             self.queries,
-            k=min(self.k, max(1, len(self.bank) - 10)),  # a run goes on with 10 images that cannot be read
+            k=self.voters,
             temperature=self.temperature,
             seed=self.seed,
             num_workers=self.num_workers,
