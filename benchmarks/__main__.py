@@ -86,7 +86,7 @@ def record(name: str, rounds: int, seconds: float) -> dict[str, Any]:
         "equal": equal,
         "sides": sides,
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": _machine(),
+        "machine": machine(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -102,7 +102,8 @@ def _child(arguments: list[str]) -> Any:
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def _machine() -> str:
+def machine() -> str:
+    """The processor's name, and how many cores of it there are."""
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {len(names)} cores"

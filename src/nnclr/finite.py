@@ -33,10 +33,18 @@ def refuse_not_finite(features: Any, name: str) -> None:
         )
 
 
-def refuse_other_labels(labels: Any, rows: int, num_classes: int) -> None:
-    """Raise the InputError for labels that are not one whole number below num_classes for each of the rows, n >= 1."""
+def refuse_other_labels(labels: Any, rows: int, num_classes: int | None = None) -> None:
+    """Raise the InputError for labels that are not one for each row of features, or no class indices.
+
+    Args:
+        labels: array, tensor or list; (rows,) where they are right.
+        rows: of the features, at least 1.
+        num_classes: they are whole numbers below it; None where anything may be a label.
+    """
     found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if rows == 0 or found.shape != (rows,):
         raise InputError(f"labels of shape {found.shape} are not one for each of the {rows} rows of features")
+    if num_classes is None:
+        return
     if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num_classes:
         raise InputError(f"labels of {num_classes} classes must be whole numbers from 0 to {num_classes - 1}")

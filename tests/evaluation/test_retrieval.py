@@ -71,7 +71,7 @@ def test_rows_of_zeros_are_far_from_all():
 
 def test_labels_that_all_differ_are_an_error():
     features = np.eye(4, dtype=np.float32)
-    with pytest.raises(InputError, match="2 labels are not one for each of the 3 rows of features"):
+    with pytest.raises(InputError, match=r"labels of shape \(2,\) are not one for each of the 3 rows of features"):
         retrieval(np.eye(3, dtype=np.float32), np.array([0, 0]))
     with pytest.raises(InputError, match="two images of the same label"):
         retrieval(features, np.arange(4))

@@ -7,7 +7,7 @@ import numpy as np
 
 from nnclr import counter
 from nnclr.errors import InputError
-from nnclr.finite import refuse_not_finite
+from nnclr.finite import refuse_not_finite, refuse_other_labels
 
 _EPISODES = -4  # what the random numbers are for, beside those of counter and metrics
 _GATHERED = 2**24  # numbers of a block of episodes: 64 MiB
@@ -61,8 +61,7 @@ def few_shot(
     """
     if min(*shots, queries) < 1 or min(ways, episodes) < 2:
         raise InputError("few-shot needs at least 1 shot, 1 query, 2 ways and 2 episodes; raise the one that is lower")
-    if len(labels) != len(features):
-        raise InputError(f"{len(labels)} labels are not one for each of the {len(features)} rows of features")
+    refuse_other_labels(labels, len(features))
     refuse_not_finite(features, "the features")
     return {count: _measure(features, labels, count, ways, queries, episodes, seed) for count in shots}
 

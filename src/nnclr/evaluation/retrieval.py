@@ -6,7 +6,7 @@ import numpy as np
 
 from nnclr.errors import InputError
 from nnclr.evaluation.metrics import average_precision
-from nnclr.finite import refuse_not_finite
+from nnclr.finite import refuse_not_finite, refuse_other_labels
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def retrieval(
         InputError: if no label occurs twice, labels are not one a row, or a feature is not finite.
     """
     features = np.asarray(features, np.float32)
-    if len(labels) != len(features):
-        raise InputError(f"{len(labels)} labels are not one for each of the {len(features)} rows of features")
+    refuse_other_labels(labels, len(features))
     labels = np.unique(labels, return_inverse=True)[1].reshape(-1)
     asked = np.flatnonzero(np.bincount(labels)[labels] > 1)
     if not len(asked):

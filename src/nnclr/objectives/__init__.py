@@ -77,4 +77,14 @@ def find_objective(name: str) -> type[Objective]:
     raise ValueError(f"no objective is called '{name}'{hint}; there are {', '.join(OBJECTIVES)}, or name MODULE:CLASS")
 
 
-__all__ = ["NNCLR", "OBJECTIVES", "Objective", "Output", "SimCLR", "find_objective", "nnclr_loss", "nt_xent_loss"]
+__all__ = [
+    "NNCLR",
+    "OBJECTIVES",
+    "Objective",
+    "Output",
+    "SimCLR",
+    "find_objective",
+    "name_of",
+    "nnclr_loss",
+    "nt_xent_loss",
+]
