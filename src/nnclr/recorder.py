@@ -106,8 +106,8 @@ class Recorder:
         self.resumed_from: int | None = None
         self.lines_logged, self.estimated, self.slow_data_said = 0, False, False
 
-    def start(self, skipped: list[str] | None) -> None:
-        """Say what is about to happen; evaluate the untrained network of a fresh run."""
+    def start(self, skipped: list[str] | None, launches: str = "") -> None:
+        """Say what is about to happen, also how kernels are launched; evaluate the untrained network of a fresh run."""
         source, objective, say = self.source, self.state.objective, self.reporter.say
         classes = "" if source.class_names is None else f", {len(source.class_names)} classes (only to measure)"
         classes = f", no labels: {source.unlabelled}" if source.unlabelled else classes
@@ -121,6 +121,8 @@ class Recorder:
             f"{self.image_size} px, batch {self.plan.batch_size}, {self.total} steps, {self.where}, "
             f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         )
+        if launches:
+            say(launches)
         if isinstance(objective, NNCLR):
             share = objective.support_set.size / len(source)
             say(f"support set {objective.support_set.size}: {100 * share:.0f} % of the images")

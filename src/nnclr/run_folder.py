@@ -134,6 +134,15 @@ def write_record(run: Path, config: str, device: str, source: Source) -> None:
     write_atomically(run / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
 
+def recorded_data(run: Path) -> dict[str, Any]:
+    """What environment.json says of the images; empty where it is missing or damaged."""
+    try:
+        data = json.loads((run / "environment.json").read_bytes())["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        data = {}
+    return data if isinstance(data, dict) else {}
+
+
 def _commit() -> str | None:
     """The git commit of the package's own checkout, if it is run from one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import os
 import warnings
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from nnclr.evaluation.online import OnlineKNN
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.blocks import repeated_blocks
+from nnclr.models.cuda_graphs import AllViews, in_few_launches
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
 from nnclr.models.recompute import check_recompute, in_little_memory
 from nnclr.objectives import Objective, find_objective, name_of
@@ -138,11 +138,15 @@ def train(
         warn = plan.ranks == 1 and not quiet and state.step < total
         if warn and (short := memory.shortage(config, state, [view.size for view in plan.views])):
             warnings.warn(short, stacklevel=2)
+        every_view, launches = AllViews(backbone, config.precision == "bf16"), ""
+        if plan.ranks == 1 and module is None and backbone is state.backbone:  # which holds nothing but kernels
+            sizes = [view.size for view in plan.views]
+            every_view, launches = in_few_launches(every_view, sizes, config.batch_size)
         check, undo, stop = StepCheck(run, state, device), Undo(state), answers.enter_context(stop_request(run))
         distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, stack))
         recorder = create_recorder(run, config, source, knn, state, loader, plan, total, quiet)
         try:
-            recorder.start(restored)
+            recorder.start(restored, launches)
             for batch in loader.batches(state.step, total, lambda: plan.ranks == 1 and stop.asked is not None):
                 rate = learning_rate(
                     state.step,
@@ -158,7 +162,7 @@ def train(
                     torch.manual_seed(step_seed(config.seed, state.step, plan.rank))  # of dropout: each rank its own
                 with autocast:
                     views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
-                    features = [backbone(view) for view in views]
+                    features = list(every_view(*views))
                     targets = None if averaged is None else averaged_features(averaged, views)
                     out = contrast(features, targets, batch.ids)  # reads the support set
                 optimizer.zero_grad()
@@ -261,7 +265,7 @@ def check_existing(run: Path, config: Config, source: Source) -> None:
         return
     differing = differences(from_toml((run / "config.toml").read_bytes(), str(run / "config.toml")), config)
     if differing:
-        trained_on = _recorded_data(run)
+        trained_on = run_folder.recorded_data(run)
         if trained_on.get("fingerprint") not in (None, source.fingerprint):
             raise other_images(run, trained_on.get("images"), trained_on.get("name"), source)
         raise other_config(run, differing)
@@ -274,15 +278,6 @@ def other_config(run: Path, differing: list[str]) -> InputError:
         f"{run} holds a run with another config ({'; '.join(differing)}): use the same values to resume it, "
         f"or another --out{longer}"
     )
-
-
-def _recorded_data(run: Path) -> dict[str, Any]:
-    """What environment.json says of the images; empty where it is missing or damaged."""
-    try:
-        data = json.loads((run / "environment.json").read_bytes())["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        data = {}
-    return data if isinstance(data, dict) else {}
 
 
 def other_images(run: Path, images: Any, data: Any, source: Source) -> InputError:
