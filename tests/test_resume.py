@@ -17,6 +17,7 @@ import nnclr
 from nnclr import checkpoint
 from nnclr.config import own_fields
 from nnclr.errors import Stopped
+from nnclr.models.backbone import SmallConvNet
 from nnclr.objectives import OBJECTIVES
 
 STEPS_PER_EPOCH = 5  # 120 pictures, batch 24
@@ -244,6 +245,43 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch, pictures, t
         assert same(one, two)
     one, two = ((tmp_path / name / "encoder/model.safetensors").read_bytes() for name in ("at once", "late"))
     assert one == two
+
+
+def test_a_checkpoint_that_is_written_between_two_views_changes_no_bit(monkeypatch, pictures, tmp_path, tiny):
+    """Under autocast views share their weights' casts, which any thread that leaves autocast would drop."""
+    tiny |= {"epochs": 1, "evaluate_every_epochs": 0, "precision": "bf16"}
+    waiting, forward = [], SmallConvNet.forward
+    written = []
+
+    def between(self, images):
+        out = forward(self, images)
+        if self.training and waiting:
+            thread = threading.Thread(target=waiting.pop())
+            thread.start()
+            thread.join()
+            written.append(True)
+        return out
+
+    def run(name):
+        nnclr.pretrain(pictures, tmp_path / name, **tiny)
+        return safetensors.torch.load_file(tmp_path / name / "checkpoints/step-00000005/tensors.safetensors")
+
+    expected = run("at once")
+    monkeypatch.setattr(SmallConvNet, "forward", between)
+    monkeypatch.setattr(checkpoint.BackgroundWriter, "submit", lambda self, write: waiting.append(write))
+    monkeypatch.setattr(
+        checkpoint.BackgroundWriter, "wait", lambda self: [write() for write in waiting] and waiting.clear()
+    )
+    assert same(run("between"), expected)
+    assert written == [True]
+    features = nnclr.Encoder.features
+
+    def leaving(self, views):
+        with torch.autocast("cpu", enabled=False):
+            return features(self, views)
+
+    monkeypatch.setattr(nnclr.Encoder, "features", leaving)  # control
+    assert not same(run("leaving"), expected)
 
 
 @pytest.mark.parametrize(("failing", "earlier", "last"), [(6, 3, 9), (7, 6, 7), (20, 18, 20)])

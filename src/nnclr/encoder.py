@@ -15,6 +15,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -173,8 +174,11 @@ class Encoder:
         """Features (n, d) float32 of normalised images (n, 3, s, s), in evaluation mode and float32."""
         was_training = self.module.training
         self.module.eval()
+        on = torch.is_autocast_enabled(self.device.type)
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            # Who leaves a context of autocast drops the casts of all threads. This may be the one that writes a
+            # checkpoint: a training step would cast its weights again, and add up gradients in another precision.
+            with torch.autocast(self.device.type, enabled=False) if on else nullcontext():
                 features: Tensor = self.module(views.float()).float()
                 return features
         finally:
