@@ -154,6 +154,10 @@ def test_graphs_give_the_same_bits(stand_in, bf16):
     before = made.replays
     assert alike(steps(graphs), expected)
     assert made.replays == before + 3
+    features = graphs(*views(0))
+    then = [out.clone() for out in features]
+    graphs(*views(1))
+    assert alike(features, then)  # they outlive the next step
     assert of.forward.__func__ is AllViews.forward  # who holds the network itself holds no graphs
     other = network(bf16)
     other.backbone.norm.momentum = 0.2
@@ -210,6 +214,16 @@ def test_a_network_whose_steps_differ_may_differ_as_much_as_a_graph(stand_in):
     stand_in("old images")  # control
     of = shaken(network(), 1e-4)
     assert in_few_launches(of, SIZES, IMAGES)[0] is of
+
+
+def test_what_is_not_finite_cannot_be_compared(stand_in):
+    stand_in()
+    of = network()
+    with torch.no_grad():
+        of.backbone.first.weight[0] = torch.nan
+    found, said = in_few_launches(of, SIZES, IMAGES)
+    assert found is of
+    assert said == "launched kernel by kernel, since CUDA graphs differ from it by nan"
 
 
 def test_a_capture_that_fails_is_said(stand_in):
