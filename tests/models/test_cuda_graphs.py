@@ -247,7 +247,10 @@ def test_a_capture_that_fails_is_said(stand_in):
 )
 def test_graphs_are_for_steps_that_wait_for_launches(stand_in, times, captured, used):
     made, of = stand_in(times=times), network()
+    sizes = []
+    of.backbone.first.register_forward_hook(lambda module, given, out: sizes.append(len(out)))
     found, said = in_few_launches(of, SIZES, IMAGES)
+    assert sizes[:6] == [IMAGES] * 3 + [2] * 3  # those of two images tell how long launching takes
     assert made.made == captured
     assert (found is not of) == used == bool(said)
 
@@ -262,13 +265,18 @@ def test_nothing_is_tried_on_a_cpu(monkeypatch):
 
 
 def test_seconds_are_the_median_of_calls_that_are_warm(monkeypatch):
-    clock, took = [0.0], iter([100.0, 3.0, 50.0, 2.0, 1.0, 4.0])
+    clock, took = [0.0], iter([100.0, 1.0, 5.0, 2.0, 4.0, 3.0])
 
     def call():
         clock[0] += next(took)
 
     monkeypatch.setattr(cuda_graphs.time, "perf_counter", lambda: clock[0])
     assert cuda_graphs._seconds(call) == 3.0
+
+
+def test_views_are_computed_in_the_precision_that_is_asked_for():
+    assert [out.dtype for out in network(True)(*views(0))] == [torch.bfloat16] * 3
+    assert [out.dtype for out in network(False)(*views(0))] == [torch.float32] * 3
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------
@@ -309,6 +317,14 @@ def test_a_run_by_graphs_ends_with_the_same_bits(trained, stand_in, fields, caps
     assert found.keys() == expected.keys()
     assert alike(list(found.values()), list(expected.values()))
     assert not alike(list(trained(**fields, seed=1).values()), list(expected.values()))  # control
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_run_computes_in_its_precision(trained, precision, dtype):
+    backbone, seen = Backbone(), []
+    backbone.last.register_forward_hook(lambda module, given, out: seen.append(out.dtype) if module.training else None)
+    trained(backbone=backbone, precision=precision, evaluate_every_epochs=0)
+    assert seen[-10:] == [dtype] * 10
 
 
 @pytest.mark.parametrize(
