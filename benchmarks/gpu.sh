@@ -9,5 +9,9 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${1:-docs/results}
 export PYTHONPATH="$PWD/src:$PWD${VENDOR:+:$VENDOR}${PYTHONPATH:+:$PYTHONPATH}"
-"$PYTHON" -m benchmarks.gpu --out "$OUT/gpu.json"
-"$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
+failed=0
+# What may run out of time comes last; each case is written down when it is done.
+"$PYTHON" -m benchmarks.gpu limits augmentation lookup lars 'step-*' --out "$OUT/gpu.json" || failed=1
+"$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests || failed=1
+"$PYTHON" -m benchmarks.gpu 'compiled-*' --out "$OUT/gpu.json" || failed=1
+exit "$failed"

@@ -66,16 +66,18 @@ def test_page_says_what_was_reached_and_what_was_missed():
 
 def test_gpu_runner_with_small_numbers(tmp_path, monkeypatch, capsys):
     chosen = ["limits", "augmentation", "lookup", "lars", "step-resnet18-32"]
-    monkeypatch.setattr("sys.argv", ["gpu", *chosen, "--tiny", "--out", str(tmp_path / "gpu.json")])
+    monkeypatch.setattr(
+        "sys.argv", ["gpu", *chosen[:-1], "step-resnet18-3?", "--tiny", "--out", str(tmp_path / "gpu.json")]
+    )
     assert gpu.main() == 0
     known = json.loads((tmp_path / "gpu.json").read_text())
     assert list(known) == chosen
     assert known["lookup"]["equal"].startswith("64 of 64 equal float64")
     assert known["augmentation"]["equal"] == "to 0.0e+00 of the plain functions"  # these are they
     rates = known["step-resnet18-32"]["views_a_second"]
-    assert list(rates) == ["as it comes", "module"]
+    assert list(rates) == ["as it comes", "kernel by kernel"]
     assert all(len(side) == 5 and min(side) > 0 for side in rates.values())
-    assert known["step-resnet18-32"]["said"] == ""  # there is nothing to launch on a CPU
+    assert known["step-resnet18-32"]["said"] == dict.fromkeys(rates, "")  # there is nothing to launch on a CPU
     monkeypatch.setitem(gpu.CASES, "limits", lambda device: 1 / 0)  # a case that fails is told, and ends in 1
     monkeypatch.setattr("sys.argv", ["gpu", "limits", "--tiny"])
     assert gpu.main() == 1
