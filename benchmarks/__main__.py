@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def main() -> int:
     from benchmarks.cases import CASES
 
     known = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    began = time.perf_counter()
     for name in options.cases or CASES:
         if name not in CASES:
             parser.error(f"no case is called {name}; there are {', '.join(CASES)}")
@@ -44,6 +46,7 @@ def main() -> int:
         RECORDS.write_text(json.dumps(known, indent=1) + "\n")
         print(row(name, known[name]), flush=True)
     PAGE.write_text(render(known))
+    print(f"in all {(time.perf_counter() - began) / 60:.1f} minutes")
     return 0
 
 

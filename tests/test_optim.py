@@ -68,14 +68,25 @@ def test_the_norm_of_a_sum_that_cancels(path):
     assert abs(gg + 2 * decay * wg + decay**2 * ww - exact) > exact
 
 
+@pytest.mark.parametrize("trust", [1e-3, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lars_of_short_floats(dtype):
+def test_lars_of_short_floats(dtype, trust):
+    """Beside weights of full length: torch 2.10's kernel moves the momentum of short ones and leaves them alone."""
     w, g = torch.randn(64, 9).to(dtype), torch.randn(64, 9).to(dtype)
-    expected = 1e-3 * w.double().norm() / g.double().norm() * g.double()
-    parameter = torch.nn.Parameter(w.clone())
-    parameter.grad = g
-    nnclr.LARS([parameter], lr=256.0, weight_decay=0.0).step()
-    assert (w.double() - parameter.detach().double() - 256 * expected).norm() < 0.02 * (256 * expected).norm()
+    expected = g.double() * (1.0 if trust is None else 1e-3 * w.double().norm() / g.double().norm())
+    short, full = torch.nn.Parameter(w.clone()), torch.nn.Parameter(w.float())
+    short.grad, full.grad = g, g.float()
+    optimizer = nnclr.LARS(
+        [{"params": [short, full], "trust_coefficient": trust}], lr=1.0 if trust is None else 256.0, weight_decay=0.0
+    )
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    for parameter, most in ((short, 0.02), (full, 1e-5)):
+        moved = w.double() - parameter.detach().double()
+        assert (moved - rate * expected).norm() < most * (rate * expected).norm()
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        assert momentum.dtype == parameter.dtype
+        assert (momentum.double() - expected).norm() < most * expected.norm()
 
 
 def strangely_laid_out():
@@ -119,7 +130,7 @@ WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero")
 
 
 def waits_of_a_step(optimizer):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         guarded_step(optimizer, torch.tensor(True))
     return sum(event.count for event in profile.key_averages() if event.key in WAITS)
 

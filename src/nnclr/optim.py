@@ -115,19 +115,22 @@ class LARS(torch.optim.Optimizer):
         buffers = [_momentum_buffer(self.state[parameter], parameter) for parameter in parameters]
         gradients = [_laid_out_as(b, p.grad) for b, p in zip(buffers, parameters, strict=True) if p.grad is not None]
         weights = [_laid_out_as(b, p) for b, p in zip(buffers, parameters, strict=True)]
+        own, on_cpu = parameters + buffers, parameters[0].device.type == "cpu"
+        if on_cpu and any(p.dtype.itemsize < 4 for p in parameters):  # torch 2.10 would move their buffers alone
+            weights, gradients, buffers = ([tensor.float() for tensor in of] for of in (weights, gradients, buffers))
         # The kernels skip where it is 1 and nowhere else.
         found_inf = None if self.found_inf is None else (self.found_inf != 0).float()
         move = partial(_move, found_inf=found_inf, momentum=group["momentum"], lr=group["lr"])
         decay, trust = group["weight_decay"], group["trust_coefficient"]
         if trust is None:
             move(weights, gradients, buffers, weight_decay=decay)
-        elif parameters[0].device.type == "cpu":
+        elif on_cpu:
             _move_one_by_one(move, weights, gradients, buffers, decay, trust)
         else:
             _move_together(move, weights, gradients, buffers, decay, trust)
-        for parameter, weight in zip(parameters, weights, strict=True):
-            if weight is not parameter:
-                parameter.copy_(weight)
+        for tensor, moved in zip(own, weights + buffers, strict=True):
+            if moved is not tensor:
+                tensor.copy_(moved)
 
 
 def _momentum_buffer(state: dict[str, Any], parameter: Tensor) -> Tensor:
@@ -198,8 +201,6 @@ def _move_one_by_one(
 
 def _trust_ratio(w: Tensor, g: Tensor, decay: float, trust: float) -> float:
     """trust * ||w|| / ||g + decay * w||, the latter from three products, so that the sum is not written to memory."""
-    if w.dtype.itemsize < 4:
-        w, g = w.float(), g.float()
     w, g = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (w, g))
     ww, wg, gg = torch.dot(w, w).item(), torch.dot(w, g).item(), torch.dot(g, g).item()
     uu = gg + 2 * decay * wg + decay**2 * ww

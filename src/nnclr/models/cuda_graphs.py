@@ -44,6 +44,8 @@ class _Graphs(AllViews):
         super().__init__(network.backbone, network.bf16)
         self.captured = AllViews(network.backbone, network.bf16)  # of its own, since its forward is replaced
         torch.cuda.make_graphed_callables(self.captured, tuple(views), allow_unused_input=True)
+        # Weights belong to the capture's stream and the loop runs in another; each waits for the other, as torch warns.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         return tuple(features.clone() for features in self.captured(*views))
