@@ -14,6 +14,8 @@ from nnclr.encoder import Encoder
 from nnclr.errors import InputError
 from nnclr.evaluation import PROTOCOLS
 from nnclr.evaluation.knn import nearest_rows, without_itself
+from nnclr.evaluation.task import Task
+from nnclr.pretrained import random_encoder
 
 
 def plane(images):
@@ -126,7 +128,6 @@ def test_augmented_linear_without_augmentation_is_the_plain_one(pictures, monkey
     """With views that are the evaluation view, both ways are the same classifier but for the order of rows."""
     import nnclr.evaluation.linear as module
     from nnclr.data.augment import View
-    from nnclr.pretrained import random_encoder
 
     whole = View(16, (1.0, 1.0), (1.0, 1.0), flip=0, jitter=0, grayscale=0, blur=0)
     monkeypatch.setattr(module, "crop_and_flip", lambda size: whole)
@@ -304,3 +305,41 @@ def test_one_class_does_not_hinder_training(tmp_path, pictures, tiny):
     run = nnclr.pretrain((pictures[0], pictures[1] * 0), tmp_path / "run", **tiny | {"epochs": 1})
     assert run.metrics
     assert run.evaluations == []
+
+
+@pytest.mark.parametrize(
+    ("validation", "edge"),
+    [
+        ({"0.1": 0.5, "1": 0.6, "10": 0.7}, ("high", "10")),
+        ({"1e-05": 0.7, "1": 0.6, "10": 0.5}, ("low", "1e-05")),
+        ({"9": 0.4, "10": 0.5, "1": 0.3}, ("high", "10")),  # in the order of numbers
+        ({"0.1": 0.5, "1": 0.6, "10": 0.5}, None),
+        ({"0.1": 0.5, "1": 0.7, "10": 0.7}, None),  # no better than the one beside it
+        ({"0.1": 0.7, "1": 0.7, "10": 0.7}, None),
+        ({"0.1": 0.7}, None),
+        ({}, None),
+    ],
+)
+def test_a_rate_at_the_edge_of_those_that_were_tried_is_told(encoder, validation, edge):
+    said = []
+    Task(encoder, None, None, 0, 0, said.append).warn_of_edge(validation)
+    assert said == [
+        f"warning: the {word}est learning rate that was tried, {rate}, does best on the hold-out: a {word}er one "
+        "may do better (--learning-rates)"
+        for word, rate in ([] if edge is None else [edge])
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"protocol": "linear"}, {"protocol": "linear", "augmentation": True}, {"protocol": "finetune"}],
+    ids=["linear", "augmented", "finetune"],
+)
+def test_who_chooses_a_rate_tells_of_the_edge(pictures, monkeypatch, options):
+    seen = []
+    monkeypatch.setattr(Task, "warn_of_edge", lambda self, validation: seen.append(validation))
+    encoder = random_encoder("small-convnet", 16)
+    result = nnclr.evaluate(encoder, pictures, pictures, **options, epochs=3, learning_rates=(1e-6, 0.1))
+    assert seen == [result.parameters["validation"]]
+    assert list(seen[0]) == ["1e-06", "0.1"]
+    assert seen[0][f"{result.parameters['learning_rate']:g}"] == max(seen[0].values())

@@ -78,6 +78,7 @@ def finetune(
     scores, parameters = choose_and_train(
         task, labelled, held_out, scored, len(source.class_names or ()), top1_of_scores, epochs, learning_rates
     )
+    task.warn_of_edge(parameters["validation"])
     readable = np.isfinite(scores[:, 0])
     assert scored.labels is not None
     labels = scored.labels[readable]

@@ -58,6 +58,7 @@ def linear(
         outcome = linear_accuracy(
             train, labels, test, test_labels, classes, epochs=epochs, learning_rates=rates, seed=task.seed
         )
+    task.warn_of_edge(outcome.protocol["validation"])
     value = outcome.test_accuracy
     interval = wilson_interval(value, len(test))
     details = {"mean_per_class": outcome.mean_per_class}
@@ -116,6 +117,7 @@ def linear_accuracy(
         "learning_rate": learning_rates[best],
         "validation_fraction": validation_fraction,
         "validation_accuracy": float(accuracies[best]),
+        "validation": {f"{rate:g}": float(value) for rate, value in zip(learning_rates, accuracies, strict=True)},
     }
     return _outcome(predicted, np.asarray(test_labels), float(accuracies[best]), learning_rates[best], protocol)
 
@@ -171,6 +173,7 @@ def _augmented(
         "learning_rate": learning_rates[best],
         "validation_fraction": validation_fraction,
         "validation_accuracy": float(accuracies[best]),
+        "validation": {f"{rate:g}": float(value) for rate, value in zip(learning_rates, accuracies, strict=True)},
     }
     return _outcome(predicted, test_labels, float(accuracies[best]), learning_rates[best], protocol)
 

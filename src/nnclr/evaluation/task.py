@@ -52,6 +52,20 @@ class Task:
         """Say what may spoil the number, in a line that is known as a warning by its first word."""
         self.say(f"warning: {text}")
 
+    def warn_of_edge(self, validation: dict[str, float]) -> None:
+        """Say so where the best of some learning rates is the lowest or the highest, and better than the one beside it.
+
+        Args:
+            validation: accuracy on a hold-out by learning rate.
+        """
+        rates = sorted(validation, key=float)
+        for edge, beside, word in ((rates[:1], rates[1:2], "low"), (rates[-1:], rates[-2:-1], "high")):
+            if beside and validation[edge[0]] == max(validation.values()) > validation[beside[0]]:
+                self.warn(
+                    f"the {word}est learning rate that was tried, {edge[0]}, does best on the hold-out: a {word}er one "
+                    "may do better (--learning-rates)"
+                )
+
     def split(self) -> tuple[Source, Source]:
         """Images to learn from and images to score; see `split`.
 
