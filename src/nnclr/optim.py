@@ -117,7 +117,10 @@ class LARS(torch.optim.Optimizer):
         weights = [_laid_out_as(b, p) for b, p in zip(buffers, parameters, strict=True)]
         own, on_cpu = parameters + buffers, parameters[0].device.type == "cpu"
         if on_cpu and any(p.dtype.itemsize < 4 for p in parameters):  # torch 2.10 would move their buffers alone
-            weights, gradients, buffers = ([tensor.float() for tensor in of] for of in (weights, gradients, buffers))
+            weights, gradients, buffers = (
+                [tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in of]
+                for of in (weights, gradients, buffers)
+            )
         # The kernels skip where it is 1 and nowhere else.
         found_inf = None if self.found_inf is None else (self.found_inf != 0).float()
         move = partial(_move, found_inf=found_inf, momentum=group["momentum"], lr=group["lr"])

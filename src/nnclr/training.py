@@ -135,15 +135,14 @@ def train(
         loader = create_loader(source, plan, device, config.num_workers or 0)
         restored = restore(run, state, config, source)
         distributed.barrier()  # some may have read their images faster
-        warn = plan.ranks == 1 and not quiet and state.step < total
-        if warn and (short := memory.shortage(config, state, [view.size for view in plan.views])):
+        alone, sizes = plan.ranks == 1 and state.step < total, [view.size for view in plan.views]
+        if alone and not quiet and (short := memory.shortage(config, state, sizes)):
             warnings.warn(short, stacklevel=2)
-        every_view, launches = AllViews(backbone, config.precision == "bf16"), ""
-        if plan.ranks == 1 and module is None and backbone is state.backbone:  # which holds nothing but kernels
-            sizes = [view.size for view in plan.views]
-            every_view, launches = in_few_launches(every_view, sizes, config.batch_size)
         check, undo, stop = StepCheck(run, state, device), Undo(state), answers.enter_context(stop_request(run))
         distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, stack))
+        every_view, launches = AllViews(backbone, config.precision == "bf16"), ""
+        if alone and module is None and backbone is state.backbone:  # which does nothing but launch kernels
+            every_view, launches = in_few_launches(every_view, sizes, config.batch_size)
         recorder = create_recorder(run, config, source, knn, state, loader, plan, total, quiet)
         try:
             recorder.start(restored, launches)

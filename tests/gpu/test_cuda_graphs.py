@@ -80,11 +80,37 @@ def test_dropped_paths_are_drawn_anew():
 def test_trying_leaves_no_trace():
     of, before = network("resnet18", True), network("resnet18", True)
     torch.manual_seed(5)
-    states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    in_few_launches(of, SIZES, IMAGES)
+    states, stream = (torch.get_rng_state(), torch.cuda.get_rng_state()), torch.cuda.current_stream()
+    assert in_few_launches(of, SIZES, IMAGES)[1].startswith("CUDA graphs of the backbone: ")
+    assert torch.cuda.current_stream() == stream
     assert alike(list(of.state_dict().values()), list(before.state_dict().values()))
     assert all(p.grad is None for p in of.parameters())
     assert alike([torch.get_rng_state(), torch.cuda.get_rng_state()], states)
+
+
+class Waiting(torch.nn.Module):
+    """Cannot be captured: what it computes depends on a number that it waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        out = torch.nn.functional.dropout(self.layer(images).mean(dim=(2, 3)), 0.5, self.training)
+        return out if out.sum().item() > 0 else 2 * out
+
+
+def test_what_cannot_be_captured_is_left_alone():
+    of = AllViews(Waiting().cuda().to(memory_format=torch.channels_last).train(), True)
+    torch.manual_seed(5)
+    state, stream = torch.cuda.get_rng_state(), torch.cuda.current_stream()
+    found, said = in_few_launches(of, SIZES, IMAGES)
+    assert found is of
+    assert said.startswith("launched kernel by kernel, since CUDA graphs cannot be had: ")
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert all(value.isfinite().all() for value in steps(of))
 
 
 def test_a_run_by_graphs_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from torch import nn
 
 from nnclr import plots, pretrain, report
 from nnclr.checkpoint import load_latest
+from nnclr.errors import NNCLRError
 from nnclr.models import cuda_graphs
 from nnclr.models.cuda_graphs import AllViews, in_few_launches
 
@@ -42,18 +43,25 @@ class StandIn:
         assert allow_unused_input
         assert not torch.is_autocast_enabled("cpu")  # the real one allows no casts that are kept
         self.made += 1
-        if self.fault == "cannot be captured":
-            raise RuntimeError("operation not permitted when stream is capturing\nand a long explanation")
+        if isinstance(self.fault, Exception):
+            raise self.fault
         plain, weights, samples = module.forward, tuple(module.parameters()), tuple(samples)
         for _ in range(3):
             static = [out.detach().clone() for out in plain(*samples)]
         tape, gradients = [], [torch.empty_like(p) for p in weights]
-        buffers = list(module.buffers())
+        buffers, then_weights = list(module.buffers()), [p.detach().clone() for p in weights]
+
+        def swap_weights():
+            if self.fault == "old weights":
+                for i, p in enumerate(weights):
+                    p.data, then_weights[i] = then_weights[i], p.data
 
         class Graphed(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *given):
                 self.replays += 1
+                for gradient in gradients:  # lie in memory that a forward may use as well
+                    gradient.fill_(torch.nan)
                 for sample, new in zip(samples, given, strict=False):
                     if self.fault != "old images":
                         assert (new.shape, new.stride()) == (sample.shape, sample.stride())
@@ -61,8 +69,10 @@ class StandIn:
                 before = [buffer.clone() for buffer in buffers]
                 if self.fault == "other random numbers":
                     torch.rand(1)
+                swap_weights()
                 with torch.enable_grad():
                     tape[:] = plain(*samples)
+                swap_weights()
                 for kept, out in zip(static, tape, strict=True):
                     kept.copy_(out)
                 if self.fault == "still buffers":
@@ -187,7 +197,8 @@ def test_trying_leaves_no_trace(stand_in, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault", ["old images", "other random numbers", "still buffers", "gradient a bit off", "not a number"]
+    "fault",
+    ["old images", "old weights", "other random numbers", "still buffers", "gradient a bit off", "not a number"],
 )
 def test_graphs_that_compute_something_else_are_not_used(stand_in, fault):
     made, of = stand_in(fault), network()
@@ -211,9 +222,10 @@ def test_a_network_whose_steps_differ_may_differ_as_much_as_a_graph(stand_in):
     number = iter(range(1000))
     stand_in()
     assert in_few_launches(shaken(network(), 1e-4), SIZES, IMAGES)[1].startswith("CUDA graphs of the backbone: ")
-    stand_in("old images")  # control
-    of = shaken(network(), 1e-4)
-    assert in_few_launches(of, SIZES, IMAGES)[0] is of
+    for fault in ("old images", "gradient a bit off"):  # controls: each tensor may differ as much as itself
+        stand_in(fault)
+        of = shaken(network(), 1e-4)
+        assert in_few_launches(of, SIZES, IMAGES)[0] is of
 
 
 def test_what_is_not_finite_cannot_be_compared(stand_in):
@@ -226,15 +238,37 @@ def test_what_is_not_finite_cannot_be_compared(stand_in):
     assert said == "launched kernel by kernel, since CUDA graphs differ from it by nan"
 
 
-def test_a_capture_that_fails_is_said(stand_in):
-    stand_in("cannot be captured")
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_a_capture_that_fails_is_said(stand_in, monkeypatch, kind):
+    stand_in(kind("operation not permitted when stream is capturing\nand a long explanation"))
     of = network()
+    state = torch.get_rng_state()
     found, said = in_few_launches(of, SIZES, IMAGES)
     assert found is of
     assert said == (
         "launched kernel by kernel, since CUDA graphs cannot be had: operation not permitted when stream is capturing"
     )
+    assert torch.equal(torch.get_rng_state(), state)
     assert alike(steps(of), steps(network()))
+
+    def broken(*arguments, **options):
+        raise RuntimeError("Offset increment outside graph capture")
+
+    monkeypatch.setattr(torch, "rand", broken)  # what a failed capture may leave behind
+    with pytest.raises(
+        NNCLRError, match=r"\(operation not permitted.*\).*again with NNCLR_CUDA_GRAPHS=0 in the env"
+    ) as told:
+        in_few_launches(of, SIZES, IMAGES)
+    assert told.value.exit_code == 1
+
+
+def test_an_environment_variable_leaves_graphs_out(stand_in, monkeypatch):
+    made, of = stand_in(), network()
+    monkeypatch.setenv("NNCLR_CUDA_GRAPHS", "0")
+    assert in_few_launches(of, SIZES, IMAGES) == (of, "")
+    assert made.made == 0
+    monkeypatch.setenv("NNCLR_CUDA_GRAPHS", "1")
+    assert in_few_launches(of, SIZES, IMAGES)[0] is not of
 
 
 @pytest.mark.parametrize(
@@ -337,3 +371,10 @@ def test_what_a_graph_cannot_hold_is_launched_kernel_by_kernel(trained, stand_in
     assert made.made == 0
     trained()
     assert made.made == 1  # control
+
+
+def test_a_finished_run_tries_nothing(stand_in, tmp_path, tiny, pictures):
+    made = stand_in()
+    for _ in range(2):
+        pretrain(np.ascontiguousarray(pictures[0]), tmp_path / "run", **tiny | {"epochs": 1.0})
+        assert made.made == 1

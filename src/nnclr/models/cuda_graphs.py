@@ -1,14 +1,16 @@
 """Forward and backward of a small network as two CUDA graphs, where launching its kernels takes longer than they do."""
 
+import gc
+import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from nnclr.errors import first_line
+from nnclr.errors import NNCLRError, first_line
 from nnclr.models.recompute import buffers_as_now
 
 _DEVICE = "cuda"
@@ -56,7 +58,7 @@ def in_few_launches(network: AllViews, sizes: list[int], images: int) -> tuple[A
 
     Graphs replay the very kernels that were launched before, so that results stay the same bit for bit. Whether they
     do, and whether it is faster here, is tried on noise; afterwards weights, buffers, gradients and random numbers are
-    as before. Nothing else may use the device meanwhile.
+    as before. Nothing else may use the device meanwhile. With NNCLR_CUDA_GRAPHS=0 in the environment nothing is tried.
 
     Args:
         network: in training mode. What its forward does besides launching kernels, such as drawing random numbers
@@ -67,23 +69,50 @@ def in_few_launches(network: AllViews, sizes: list[int], images: int) -> tuple[A
     Returns:
         The network itself, or its graphs, which share its weights and buffers and take views of these shapes alone
         (float32, channels_last), one forward and one backward at a time; and what to say of it, if anything.
+
+    Raises:
+        NNCLRError: if a capture failed and left the device in a state in which no run can go on.
     """
     device = next(network.parameters()).device
-    if device.type != _DEVICE:
+    if device.type != _DEVICE or os.environ.get("NNCLR_CUDA_GRAPHS") == "0":
         return network, ""
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), _current(devices), buffers_as_now(network):
+        with _as_now(device):
             return _faster(network, *(_noise(sizes, images, seed, device) for seed in (0, 1)))
-    except (RuntimeError, ValueError) as error:  # also where the memory does not hold both
+    except Exception as error:  # noqa: BLE001  (what is only tried ends no run)
+        _require_usable(device, error)
         return network, f"launched kernel by kernel, since CUDA graphs cannot be had: {first_line(error)}"
     finally:
-        torch.cuda.empty_cache()  # what was only tried makes room for the run
+        _drop_what_is_unused()  # what was only tried makes room for the run
 
 
-def _current(devices: list[torch.device]) -> AbstractContextManager[object]:
-    """Captures are made on the current device, which need not be that of the network."""
-    return torch.cuda.device(devices[0]) if devices else nullcontext()
+@contextmanager
+def _as_now(device: torch.device) -> Iterator[None]:
+    """Random numbers go on as if nothing had been drawn, and kernels on the current stream, on the network's device."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        if device.type == "cuda":  # a failed capture may leave its own stream behind
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.current_stream(device)))
+        yield
+
+
+def _require_usable(device: torch.device, error: Exception) -> None:
+    """What torch up to 2.11 does not always put back: the generator of a capture that failed."""
+    try:
+        with _as_now(device):
+            torch.rand(1, device=device)
+    except RuntimeError:
+        raise NNCLRError(
+            f"a CUDA graph could not be captured ({first_line(error)}), and the device cannot be used after that: run "
+            "the same command again with NNCLR_CUDA_GRAPHS=0 in the environment"
+        ) from error
+
+
+def _drop_what_is_unused() -> None:
+    """Graphs lie in cycles of references: one that is collected during a later capture would end that one."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _noise(sizes: list[int], images: int, seed: int, device: torch.device) -> list[Tensor]:
@@ -93,14 +122,21 @@ def _noise(sizes: list[int], images: int, seed: int, device: torch.device) -> li
 
 
 def _faster(network: AllViews, views: list[Tensor], others: list[Tensor]) -> tuple[AllViews, str]:
-    plain = _seconds(lambda: _step(network, others))
-    if _seconds(lambda: _step(network, [view[:_FEW] for view in others])) < _LAUNCHING * plain:
-        return network, ""
-    graphs = _Graphs(network, views)
-    first, again, replayed = (_results(of, others) for of in (network, network, graphs))
-    if not (gap := _difference(first, replayed)) <= _NOISE * _difference(first, again):
-        return network, f"launched kernel by kernel, since CUDA graphs differ from it by {gap:.1e}"
-    graphed = _seconds(lambda: _step(graphs, others))
+    with buffers_as_now(network):
+        plain = _seconds(lambda: _step(network, others))
+        if _seconds(lambda: _step(network, [view[:_FEW] for view in others])) < _LAUNCHING * plain:
+            return network, ""
+        with _refusing_to_wait():  # a forward that waits cannot be captured, and trying would leave things behind
+            _step(network, others)
+        _drop_what_is_unused()
+        graphs = _Graphs(network, views)
+    with _other_weights(network):  # a graph must not keep anything that was computed from the ones it was captured with
+        first, *more = (_results(of, others) for of in (network, network, network, graphs))
+    *again, gap = (_differences(first, those) for those in more)
+    if not (gap <= _NOISE * torch.stack(again).amax(dim=0)).all():
+        return network, f"launched kernel by kernel, since CUDA graphs differ from it by {gap.max().item():.1e}"
+    with buffers_as_now(network):
+        graphed = _seconds(lambda: _step(graphs, others))
     if graphed >= plain:
         return network, ""
     return graphs, f"CUDA graphs of the backbone: {1e3 * graphed:.2f} ms instead of {1e3 * plain:.2f} a step"
@@ -122,12 +158,35 @@ def _results(network: AllViews, views: list[Tensor]) -> list[Tensor]:
         return [value.detach().clone() for value in (*given, *network.buffers())]
 
 
-def _difference(these: list[Tensor], those: list[Tensor]) -> float:
-    """The largest of the relative distances between tensors; NaN where there are numbers that are not finite."""
-    apart = [
-        (a.double() - b.double()).norm() / a.double().norm().clamp(min=1e-30) for a, b in zip(these, those, strict=True)
-    ]
-    return torch.stack(apart).max().item()
+@contextmanager
+def _other_weights(network: AllViews) -> Iterator[None]:
+    weights = [p.detach() for p in network.parameters()]
+    kept = [weight.clone() for weight in weights]
+    torch._foreach_mul_(weights, 1 + 2**-4)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(weights, kept)
+
+
+def _differences(these: list[Tensor], those: list[Tensor]) -> Tensor:
+    """The relative distance of each two tensors, float64; NaN where there are numbers that are not finite."""
+    pairs = ((a.double(), b.double()) for a, b in zip(these, those, strict=True))
+    return torch.stack([(a - b).norm() / a.norm().clamp(min=1e-30) for a, b in pairs])
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Raises a RuntimeError where something waits for the device."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _seconds(call: Callable[[], object]) -> float:
