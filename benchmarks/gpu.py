@@ -40,9 +40,10 @@ def main() -> int:
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device; --tiny shows that the runner works without one")
+    for pattern in options.cases:
+        if not any(fnmatch(name, pattern) for name in CASES):
+            parser.error(f"no case is called {pattern}; there are {', '.join(CASES)}")
     names = [name for name in CASES if any(fnmatch(name, pattern) for pattern in options.cases)]
-    if not names:
-        parser.error(f"no case is called {' or '.join(options.cases)}; there are {', '.join(CASES)}")
     device = torch.device("cpu" if options.tiny else "cuda")
     known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     for name in names:
@@ -201,6 +202,19 @@ def waits_of(device: torch.device, call: Side) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in seen)
 
 
+class Compiled(torch.nn.Module):
+    """A backbone that is compiled for training alone, not for what is computed of it in evaluation mode."""
+
+    def __init__(self, module: torch.nn.Module, mode: str) -> None:
+        super().__init__()
+        self.module = module
+        self.compiled = torch.compile(module.forward, mode=mode)  # no module, which would be saved too
+
+    def forward(self, views: torch.Tensor) -> Any:
+        """Features (n, d) of views (n, 3, s, s)."""
+        return (self.compiled if self.training and torch.is_grad_enabled() else self.module)(views)
+
+
 def training_step(
     backbone: str, size: int, batch: int, goal: float | None, modes: dict[str, str | None]
 ) -> Callable[[torch.device], dict[str, Any]]:
@@ -242,9 +256,7 @@ def _views_a_second(
     if mode is not None:
         module = create_backbone(backbone, size)
     if mode:
-        width = getattr(module, "num_features", None)
-        module = torch.compile(module, mode=mode)
-        module.num_features = width
+        module = Compiled(module, mode)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
         run = nnclr.pretrain(
             images,
