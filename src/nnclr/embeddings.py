@@ -349,9 +349,9 @@ def _vectors(file: Any, path: Path) -> np.ndarray:
         column = batch.column(0)
         lengths = set(pc.unique(pc.list_value_length(column)).to_pylist())
         if filled == 0 and len(batch):
-            dimension = kind.list_size if fixed else next(iter(lengths))
+            dimension = kind.list_size if fixed else next((length for length in lengths if length), 0)
             dtype = np.float16 if pa.types.is_float16(kind.value_type) else np.float32
-            _refuse_size(path, n, dimension or 0, dtype)
+            _refuse_size(path, n, dimension, dtype)
             vectors = np.empty((n, dimension), dtype)
         if lengths - {vectors.shape[1]}:
             raise InputError(f"{shown(path)}: the embeddings of rows {filled} and after differ in length")

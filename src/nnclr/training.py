@@ -378,6 +378,9 @@ def share_out(network: nn.Module, config: Config) -> None:
     Raises:
         InputError: if it cannot be shared out, such as one with tied weights.
     """
+    ids = [id(p) for _, p in network.named_parameters(remove_duplicate=False)]
+    if len(set(ids)) < len(ids):  # torch 2.10 takes them without a word
+        raise InputError("fsdp=True cannot share out this backbone: two of its layers have the same weights")
     network.to(memory_format=torch.contiguous_format)  # the parts are cut from contiguous memory
     dtype = torch.bfloat16 if config.precision == "bf16" else None
     distributed.shard(network, repeated_blocks(network), dtype)

@@ -552,11 +552,11 @@ def elsewhen(folder):
     for number, path in enumerate(sorted((Path(folder) / "checkpoints").iterdir(), reverse=True)):
         os.utime(path, (1e9 + number, 1e9 + number))
 
-    def started(self, skipped):
+    def started(self, *arguments):
         owner = (Path(folder) / ".lock").read_text()
         assert time.strftime("started %Y-%m-%d %H:", time.gmtime()) in owner, owner
         assert "UTC" in owner
-        start(self, skipped)
+        start(self, *arguments)
 
     Recorder.start = started
     train(folder)

@@ -233,7 +233,7 @@ def test_processes_of_one_machine_listen_on_loopback_but_for_pytorchs_meeting_po
                          stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for r in ("0", "1")
     ]  # fmt: skip
-    listening = [json.loads(process.communicate(timeout=100)[0]) for process in started]
+    listening = [json.loads(process.communicate(timeout=100)[0].splitlines()[-1]) for process in started]
     ours = [address for some in listening for address in some if not address.endswith(f":{port:04X}")]
     assert len(ours) >= 2
     inside = [address for address in ours if address.startswith(LOOPBACK)]
