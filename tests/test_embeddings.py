@@ -257,6 +257,7 @@ def table_of(rows, kind=None, **columns):
     [
         (table_of([[1.0, 2.0], [3.0]]), "differ in length"),
         (table_of([[1.0, 2.0], None]), "differ in length"),
+        (table_of([None, None], pa.list_(pa.float32())), "differ in length"),
         (table_of([[1.0, None]]), "row 0 of .* is not finite"),
         (table_of([[1.0, float("inf")]]), "row 0 of .* is not finite"),
         (table_of([["a", "b"]]), "holds list<.*>, not lists of float32"),

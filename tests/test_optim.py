@@ -70,8 +70,15 @@ def test_the_norm_of_a_sum_that_cancels(path):
 
 @pytest.mark.parametrize("trust", [1e-3, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lars_of_short_floats(dtype, trust):
+def test_lars_of_short_floats(monkeypatch, dtype, trust):
     """Beside weights of full length: torch 2.10's kernel moves the momentum of short ones and leaves them alone."""
+    seen, move = [], optim._move
+
+    def noted(weights, gradients, buffers, **options):
+        seen.extend(tensor.dtype for tensor in (*weights, *gradients, *buffers))
+        move(weights, gradients, buffers, **options)
+
+    monkeypatch.setattr(optim, "_move", noted)
     w, g = torch.randn(64, 9).to(dtype), torch.randn(64, 9).to(dtype)
     expected = g.double() * (1.0 if trust is None else 1e-3 * w.double().norm() / g.double().norm())
     short, full = torch.nn.Parameter(w.clone()), torch.nn.Parameter(w.float())
@@ -81,6 +88,7 @@ def test_lars_of_short_floats(dtype, trust):
     )
     rate = optimizer.param_groups[0]["lr"]
     optimizer.step()
+    assert seen == [torch.float32] * 6
     for parameter, most in ((short, 0.02), (full, 1e-5)):
         moved = w.double() - parameter.detach().double()
         assert (moved - rate * expected).norm() < most * (rate * expected).norm()
