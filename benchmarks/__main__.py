@@ -1,6 +1,6 @@
 """Speed beside the peers, on one thread of this machine's CPU: `make bench`, or
 
-    python -m benchmarks [CASE...] [--rounds 3] [--seconds 1.0]
+    python -m benchmarks [CASE...] [--rounds 3] [--seconds 0.7]
 
 For each case the results of the sides are compared first. Then every side is measured in fresh processes in turns,
 A-B-C-A-B-C: CPU seconds of one thread, so that other work on the machine counts little. The records go to
@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes a side")
-    parser.add_argument("--seconds", type=float, default=1.0, help="CPU time of the repeats of a process")
+    parser.add_argument("--seconds", type=float, default=0.7, help="CPU time of the repeats of a process")
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     parser.add_argument("--check", metavar="CASE", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -425,7 +425,7 @@ CASES = {
     ),
     "photo": Case(
         "JPEG of 3000 x 2000 to two views of 224 x 224", "lightly", 2.0, PHOTOS, "images", PHOTO,
-        lambda: _moments(PHOTO, 30),
+        lambda: _moments(PHOTO, 80),
     ),
     "lars": Case("LARS step of a ResNet-50", "lightly", 1.5, 1, "steps", LARS, _lars_check),
     "knn": Case("kNN of 10,000 in 50,000 x 512, k = 200", "lightly", 1.7, 10_000, "queries", KNN, _knn_check),

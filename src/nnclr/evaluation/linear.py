@@ -114,10 +114,7 @@ def linear_accuracy(
     predicted = _predictions(final, torch.as_tensor(test_features), scale)[:, 0].numpy()
     protocol = {
         **_described("none", epochs, batch_size, learning_rates),
-        "learning_rate": learning_rates[best],
-        "validation_fraction": validation_fraction,
-        "validation_accuracy": float(accuracies[best]),
-        "validation": {f"{rate:g}": float(value) for rate, value in zip(learning_rates, accuracies, strict=True)},
+        **_choice(learning_rates, accuracies, validation_fraction),
     }
     return _outcome(predicted, np.asarray(test_labels), float(accuracies[best]), learning_rates[best], protocol)
 
@@ -170,10 +167,7 @@ def _augmented(
     protocol = {
         **_described("random crops and flips", epochs, batch_size, learning_rates),
         "crop_min_scale": plan.views[0].crop_scale[0],
-        "learning_rate": learning_rates[best],
-        "validation_fraction": validation_fraction,
-        "validation_accuracy": float(accuracies[best]),
-        "validation": {f"{rate:g}": float(value) for rate, value in zip(learning_rates, accuracies, strict=True)},
+        **_choice(learning_rates, accuracies, validation_fraction),
     }
     return _outcome(predicted, test_labels, float(accuracies[best]), learning_rates[best], protocol)
 
@@ -186,6 +180,17 @@ def _described(augmentation: str, epochs: int, batch_size: int, learning_rates: 
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rates": list(learning_rates),
+    }
+
+
+def _choice(learning_rates: tuple[float, ...], accuracies: Tensor, fraction: float) -> dict[str, Any]:
+    """The rate of the highest accuracy (rates,) on the validation rows, and what each reached."""
+    best = int(accuracies.argmax())
+    return {
+        "learning_rate": learning_rates[best],
+        "validation_fraction": fraction,
+        "validation_accuracy": float(accuracies[best]),
+        "validation": {f"{rate:g}": float(value) for rate, value in zip(learning_rates, accuracies, strict=True)},
     }
 
 
