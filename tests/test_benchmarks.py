@@ -40,6 +40,23 @@ def test_every_case_has_its_peer_and_a_goal():
         assert case.goal > 0
 
 
+def test_the_sides_that_are_compared_are_measured_in_turns_and_other_peers_once(monkeypatch):
+    asked = []
+
+    def child(arguments):
+        asked.append(arguments[2] if arguments[0] == "--worker" else arguments[0])
+        return {"seconds": [2.0, 1.0, 3.0], "extra_mib": 1.0}
+
+    monkeypatch.setattr(runner, "_child", child)
+    found = runner.record("jpeg", 3, 1.0)
+    assert asked == ["--check", "nnclr", "lightly", "torchvision v2", *["nnclr", "lightly"] * 2]
+    assert {name: seen["repeats"] for name, seen in found["sides"].items()} == {
+        "nnclr": 9,
+        "lightly": 9,
+        "torchvision v2": 3,
+    }
+
+
 def side(seconds):
     return {"seconds": seconds, "lowest": seconds, "highest": 2 * seconds, "repeats": 9, "extra_mib": 1.5}
 
