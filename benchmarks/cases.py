@@ -439,20 +439,16 @@ def measure(case: str, side: str, seconds: float) -> dict[str, Any]:
     At least three calls, or one that is long, after one that warms up.
     """
     run = CASES[case].sides[side]()
-
-    def timed() -> float:
-        began, children = time.process_time(), _children()
-        run()
-        return time.process_time() - began + _children() - children
-
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak of the preparation
     before = _kib("VmRSS")
-    first = timed()
+    run()
     extra = max(_kib("VmHWM") - before, 0) / 1024
-    spent = [first] if first > 3 * seconds else []  # what takes as long needs no warming up
+    spent: list[float] = []
     while sum(spent) < seconds or (len(spent) < 3 and sum(spent) < 3 * seconds):
-        spent.append(timed())
+        began, children = time.process_time(), _children()
+        run()
+        spent.append(time.process_time() - began + _children() - children)
     return {"seconds": spent, "extra_mib": extra}
 
 
