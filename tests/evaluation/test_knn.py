@@ -103,9 +103,9 @@ def test_what_is_known_of_other_rows_raises_the_bound(native, monkeypatch):
 
     monkeypatch.setattr(knn, "least_maximum", noting)
     train, test = crowd(4096, 50, 10.0)
-    nearest_rows(train, test, 20, block=256)  # 2,048 rows at a time
-    first, _ = nearest_rows(train[:2048], test, 20, block=256)
-    nearest_rows(train[2048:], test, 20, block=256)
+    nearest_rows(train, test, 20, block=128)  # 2,048 rows at a time
+    first, _ = nearest_rows(train[:2048], test, 20, block=128)
+    nearest_rows(train[2048:], test, 20, block=128)
     _, second, _, alone = bounds
     assert (second >= first[:, -1] - 1e-6).all()
     assert (second >= alone).all()
