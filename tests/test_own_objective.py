@@ -108,3 +108,32 @@ def test_every_name_that_the_loop_writes_is_reserved(images, tmp_path):
     of_nnclr = {"neighbour_similarity", "neighbour_age", "own_id_share", "distinct_neighbours"}
     of_nnclr |= {"support_set_fill", "loss_chance"}
     assert {name for line in run.metrics for name in line} - of_nnclr == recorder._RESERVED
+
+
+class Looking(SimCLR):
+    """Looks neighbours up; by the names of its parts the loop draws them."""
+
+    width = 16
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.support_set = nnclr.SupportSet(64, self.width)
+
+    def update(self, out):
+        self.support_set.enqueue(out.embeddings[0].new_ones(len(out.ids), self.width), out.ids)
+
+
+class LookingElsewhere(Looking):
+    """What it looks up are no embeddings of its projector."""
+
+    width = 24
+
+
+def test_neighbours_are_drawn_where_the_projector_leads_to_the_support_set(images, tmp_path):
+    def drawn(objective):
+        out = tmp_path / objective.__name__
+        nnclr.pretrain((images, np.arange(64) % 2), out, objective=objective, evaluate_every_epochs=1, **SETTINGS)
+        return [path.name for path in (out / "neighbours").glob("*")]
+
+    assert drawn(Looking) == ["step-00000002.png"]
+    assert drawn(LookingElsewhere) == drawn(SimCLR) == []

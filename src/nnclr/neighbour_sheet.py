@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
 from nnclr import counter, distributed
 from nnclr.checkpoint import write_atomically
@@ -20,7 +21,7 @@ from nnclr.data.augment import eval_image
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.encoder import Encoder
-from nnclr.objectives import NNCLR
+from nnclr.support_set import SupportSet
 
 QUERIES, NEIGHBOURS = 8, 6
 _TILE, _GAP, _HEAD = 72, 6, 22
@@ -30,7 +31,9 @@ _PITCH = _TILE + 14 + _GAP  # from row to row
 _WIDTH = (1 + NEIGHBOURS) * (_TILE + _GAP) + 3 * _GAP
 
 
-def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Source, bad: dict[int, str]) -> None:
+def draw_neighbours(
+    path: Path, encoder: Encoder, projector: nn.Module, support_set: SupportSet, source: Source, bad: dict[int, str]
+) -> None:
     """A sheet of fixed queries and what `SupportSet.nearest` returns for them, nearest first; all ranks call it.
 
     With labels a neighbour's frame is green where its label is the query's and red where it is not; grey
@@ -39,19 +42,22 @@ def draw_neighbours(path: Path, encoder: Encoder, objective: NNCLR, source: Sour
     Args:
         path: the PNG to write.
         encoder: the backbone that the look-up uses: the averaged one, where there is one.
-        objective: for its projector, likewise, and its support set.
+        projector: likewise.
+        support_set: where neighbours are looked up.
         source: the images that were trained on.
         bad: ids of images that cannot be read; they are not asked for.
     """
     order = counter.permutation(0, 0, len(source)).tolist()
     queries = [i for i in order if i not in bad][:QUERIES]
     features = torch.from_numpy(encoder.embed(source.subset(np.array(queries)), num_workers=0)).to(encoder.device)
-    projector, support_set = objective.average_projector or objective.projector, objective.support_set
     was_training = projector.training
     projector.eval()
     with torch.no_grad():
-        found = support_set.nearest(projector(features), k=min(NEIGHBOURS, support_set.size))
+        embeddings = projector(features)
     projector.train(was_training)
+    if embeddings.shape[1] != support_set.dim:  # an objective of one's own looks up something else
+        return
+    found = support_set.nearest(embeddings, k=min(NEIGHBOURS, support_set.size))
     if distributed.rank() != 0:  # they were needed for the look-up
         return
     rows = [

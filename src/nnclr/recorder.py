@@ -22,7 +22,7 @@ from nnclr.encoder import Encoder
 from nnclr.errors import InputError, StorageError
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.evaluation.result import append
-from nnclr.objectives import NNCLR, Output
+from nnclr.objectives import Output
 from nnclr.progress import ESTIMATE_AFTER, Reporter, Window, duration, metrics_line, slow_data
 from nnclr.skipped_steps import skipped_steps, was_skipped
 from nnclr.support_set import SupportSet
@@ -123,9 +123,9 @@ class Recorder:
         )
         if launches:
             say(launches)
-        if isinstance(objective, NNCLR):
-            share = objective.support_set.size / len(source)
-            say(f"support set {objective.support_set.size}: {100 * share:.0f} % of the images")
+        if (used := objective.look_up()) is not None:
+            share = used[1].size / len(source)
+            say(f"support set {used[1].size}: {100 * share:.0f} % of the images")
             if share > 1:
                 say(
                     "warning: the support set is larger than the data, so it holds older embeddings of the very "
@@ -392,7 +392,7 @@ class Recorder:
         self.window.exclude(time.perf_counter() - began)
 
     def _draw_neighbours(self) -> None:
-        objective = self.state.objective
-        if isinstance(objective, NNCLR) and len(objective.support_set) > 0:
+        used = self.state.objective.look_up()
+        if used is not None and len(used[1]) > 0:
             path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
-            neighbour_sheet.draw_neighbours(path, self.encoder(averaged=True), objective, self.source, self.loader.bad)
+            neighbour_sheet.draw_neighbours(path, self.encoder(averaged=True), *used, self.source, self.loader.bad)

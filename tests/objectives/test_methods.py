@@ -20,6 +20,7 @@ from nnclr.objectives.simsiam import SimSiam
 from nnclr.objectives.snclr import SNCLR
 from nnclr.objectives.supervised import Supervised
 from nnclr.objectives.swav import SwAV, sinkhorn
+from nnclr.support_set import SupportSet
 from tests import reference
 from tests.reference import unit
 
@@ -466,3 +467,33 @@ def test_three_views_are_refused(name):
 def test_targets_are_required(name):
     with pytest.raises(ValueError, match="needs targets"):
         METHODS[name][0]()([torch.randn(BATCH, DIM)] * 2, ids=torch.arange(BATCH))
+
+
+def test_what_is_shown_as_the_look_up_is_what_each_method_looks_up(monkeypatch):
+    """Pictures of neighbours are drawn by it: the averaged projector, where there is one, of the averaged features."""
+    asked, nearest = [], SupportSet.nearest
+
+    def listen(self, z, *rest, **options):
+        asked.append((z, self))
+        return nearest(self, z, *rest, **options)
+
+    monkeypatch.setattr(SupportSet, "nearest", listen)
+    with_look_up = set()
+    for name, kind in OBJECTIVES.items():
+        sizes = {"embedding_dim": 8, "projector_hidden_dim": 8, "predictor_hidden_dim": 8, "support_set_size": 64}
+        labels = {"labels": torch.from_numpy(LABELS)} if "labels" in kind.settings else {}
+        made = kind(DIM, **{key: size for key, size in sizes.items() if key in kind.settings}, **labels).eval()
+        for parameter in made.parameters():  # the averaged ones began as copies of these
+            parameter.data += 0.1 * torch.randn(parameter.shape) * parameter.requires_grad
+        features, targets = ([torch.randn(BATCH, DIM) for _ in range(2)] for _ in range(2))
+        asked.clear()
+        made(features, targets if made.momentum is not None else None, torch.arange(BATCH))
+        shown = made.look_up()
+        assert (shown is None) == (not asked), name
+        if shown is not None:
+            with_look_up.add(name)
+            (queries, support_set), projector = asked[0], shown[0]
+            assert support_set is shown[1]
+            seen = torch.cat([projector(view) for view in (features if made.momentum is None else targets)])
+            torch.testing.assert_close(queries, seen, msg=name)
+    assert with_look_up == {"nnclr", "nn-byol", "nn-simsiam", "msf", "snclr", "all4one"}

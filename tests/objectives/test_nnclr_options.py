@@ -233,14 +233,15 @@ def test_chance_level_is_the_loss_of_predictions_that_say_nothing(options, expec
 def test_neighbour_pictures_are_drawn_with_the_weights_of_the_look_up(pictures, tmp_path, tiny, monkeypatch):
     from nnclr import neighbour_sheet
 
-    used = []
-    real = neighbour_sheet.draw_neighbours
+    used, objectives = [], []
+    real, look_up = neighbour_sheet.draw_neighbours, nnclr.NNCLR.look_up
 
-    def spy(path, encoder, objective, source, bad):
-        used.append((encoder, objective))
-        return real(path, encoder, objective, source, bad)
+    def spy(path, encoder, *rest):
+        used.append(encoder)
+        return real(path, encoder, *rest)
 
     monkeypatch.setattr(neighbour_sheet, "draw_neighbours", spy)
+    monkeypatch.setattr(nnclr.NNCLR, "look_up", lambda self: (objectives.append(self), look_up(self))[1])
     looked_up, nearest = [], nnclr.SupportSet.nearest
 
     def listen(self, z, k=1, **options):
@@ -249,7 +250,7 @@ def test_neighbour_pictures_are_drawn_with_the_weights_of_the_look_up(pictures, 
 
     monkeypatch.setattr(nnclr.SupportSet, "nearest", listen)
     nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"epochs": 1, "ema_momentum": 0.9})
-    encoder, objective = used[-1]
+    encoder, objective = used[-1], objectives[-1]
     queries = looked_up[-1]
     features = torch.from_numpy(encoder.embed(pictures[0]))
     with torch.no_grad():

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from nnclr.support_set import Neighbours
+from nnclr.support_set import Neighbours, SupportSet
 
 
 @dataclass
@@ -57,6 +57,18 @@ class Objective(nn.Module):
         Parameters and buffers are written in place, and embeddings go into a `SupportSet`: where a step was not
         finite, the loop takes back what happened to those.
         """
+
+    def look_up(self) -> tuple[nn.Module, SupportSet] | None:
+        """The projector for whose embeddings neighbours are looked up, and where; None without a look-up.
+
+        The loop draws pictures of what is found. They are taken by their names: `support_set`, and
+        `average_projector` or else `projector`.
+        """
+        support_set = getattr(self, "support_set", None)
+        projector = getattr(self, "average_projector", None) or getattr(self, "projector", None)
+        if isinstance(support_set, SupportSet) and isinstance(projector, nn.Module):
+            return projector, support_set
+        return None
 
 
 def two_views(features: list[Tensor], name: str) -> None:
