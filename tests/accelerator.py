@@ -113,6 +113,10 @@ def accelerator(monkeypatch):
         torch, "autocast", lambda on, *rest, **k: nullcontext() if on == NAME else autocast(on, *rest, **k)
     )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *on: on != (NAME,) and is_enabled(*on))
+    tensor = torch.tensor  # which asks no mode
+    monkeypatch.setattr(
+        torch, "tensor", lambda *a, device=None, **k: tensor(*a, **k).to(device or torch.get_default_device())
+    )
     choose = nnclr.device.choose_device
     for module in [m for name, m in sys.modules.items() if name.startswith("nnclr.") and hasattr(m, "choose_device")]:
         monkeypatch.setattr(module, "choose_device", lambda name: name if name == NAME else choose(name))

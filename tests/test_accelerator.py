@@ -7,6 +7,10 @@ import torch
 
 import nnclr
 from nnclr import plots, report, training
+from nnclr.data import loader
+from nnclr.data.augment import policy
+from nnclr.data.images import array_source
+from nnclr.data.loader import Plan
 from nnclr.evaluation import PROTOCOLS
 from nnclr.objectives import OBJECTIVES, SimCLR, SwAV
 from nnclr.recorder import Recorder
@@ -205,6 +209,53 @@ def test_a_run_is_that_of_the_cpu(pictures, settings, changed, tmp_path, monkeyp
         if not name.startswith("rng"):  # rounding grows over ten steps; a mistake is of the order of the tensor
             tensor, expected = tensor.double(), cpu[name].double()
             assert (tensor - expected).norm() < 0.01 * expected.norm() + 1e-4 * expected.numel() ** 0.5, name
+
+
+@pytest.mark.parametrize("kind", ["resident", "stream"])
+def test_views_in_bfloat16_are_those_in_float32_rounded(pictures, kind, monkeypatch):
+    source, plan = array_source(*pictures), Plan(120, 24, policy("byol", 16), 0)
+    if kind == "stream":
+        monkeypatch.setattr(loader, "load_resident", lambda *_: (None, {}))
+    with accelerator(monkeypatch):
+        exact, rounded = (
+            list(loader.create_loader(source, plan, torch.device(NAME), 2, dtype).batches(0, 2))
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        for one, two in zip(exact, rounded, strict=True):
+            assert torch.equal(one.ids.cpu(), two.ids.cpu())
+            for a, b in zip(one.views, two.views, strict=True):
+                assert torch.equal(a.to(torch.bfloat16).cpu(), b.cpu())
+                assert not torch.equal(a.cpu(), b.float().cpu())  # control
+    here = loader.create_loader(source, plan, torch.device("cpu"), 2)
+    for batch, one in zip(here.batches(0, 2), exact, strict=True):
+        torch.testing.assert_close(batch.views, [view.near for view in one.views], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "named", "dtype"),
+    [
+        (NAME, "bf16", True, torch.bfloat16),
+        (NAME, "bf16", False, torch.float32),
+        (NAME, "fp32", True, torch.float32),
+        ("cpu", "bf16", True, torch.float32),
+    ],
+)
+def test_views_are_rounded_where_the_first_layer_would_round_them(
+    pictures, settings, tmp_path, device, precision, named, dtype, monkeypatch
+):
+    asked = []
+
+    def no_loader(*_):
+        asked.append(_[-1])
+        raise Enough
+
+    monkeypatch.setattr(training, "create_loader", no_loader)
+    changed = {"device": device, "precision": precision}
+    if not named:
+        changed["backbone"] = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.Flatten())
+    with accelerator(monkeypatch), pytest.raises(Enough):
+        nnclr.pretrain(pictures, tmp_path / "run", **settings(**changed))
+    assert asked == [dtype]
 
 
 @pytest.fixture(scope="module")

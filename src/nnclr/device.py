@@ -1,4 +1,4 @@
-"""Which device a run uses, and whether it computes in bf16."""
+"""Which device a run uses, whether it computes in bf16, and what its views are."""
 
 import re
 from typing import Literal
@@ -41,3 +41,12 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     if name != "auto":
         return name
     return "bf16" if bfloat16_is_native(device) else "fp32"
+
+
+def view_dtype(precision: Precision, device: torch.device, named: bool) -> torch.dtype:
+    """Of the views a run trains on: bfloat16 where the backbone's first layer would round them to it anyway.
+
+    That is so for backbones by name; what another module does with views before its first product is its own affair.
+    On a CPU the rounding is left to autocast.
+    """
+    return torch.bfloat16 if precision == "bf16" and device.type != "cpu" and named else torch.float32

@@ -204,11 +204,8 @@ class _Embedder:
 
         The next batch is decoded while this one is embedded.
         """
-        starts = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        decoding = pool.map(self._image, starts[0])
-        for batch, following in zip(starts, [*starts[1:], range(0)], strict=True):
-            decoded = list(decoding)
-            decoding = pool.map(self._image, following)
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        for batch, decoded in zip(batches, pool.map_batches(self._image, batches), strict=True):
             skipped = [(i, image) for i, image in zip(batch, decoded, strict=True) if isinstance(image, str)]
             yield self._vectors(batch, decoded), skipped
 

@@ -15,7 +15,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +35,7 @@ from nnclr.data.images import Source
 from nnclr.data.pictures import file_source, picture_files
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
+from nnclr.exact import exact_float32, repeatable_convolutions
 from nnclr.golden import compare, golden_image, sample, stored_golden, with_golden
 from nnclr.model_card import model_card, without_paths
 from nnclr.models.backbone import SMALL_IMAGE, create_backbone, feature_dim, timm_name
@@ -139,11 +140,10 @@ class Encoder:
             together: all ranks of the job call this; each computes its share of the same batches, and yields all.
         """
         rank, ranks = (distributed.rank(), distributed.world_size()) if together else (0, 1)
+        starts = [first + rank * batch_size for first in range(0, len(source), ranks * batch_size)]
+        shares = [range(start, min(start + batch_size, len(source))) for start in starts]
         with Threads(max(num_workers, 1)) as pool:
-            for first in range(0, len(source), ranks * batch_size):
-                start = first + rank * batch_size
-                rows = range(start, min(start + batch_size, len(source)))
-                views = list(pool.map(lambda i: self._view_of(source, i), rows))
+            for views in pool.map_batches(lambda i: self._view_of(source, i), shares):
                 features = self.embed_views(views) if views else None  # the last batches may be fewer than the ranks
                 if together:
                     yield from distributed.all_arrays(features)
@@ -174,15 +174,18 @@ class Encoder:
         """Features (n, d) float32 of normalised images (n, 3, s, s), in evaluation mode and float32."""
         was_training = self.module.training
         self.module.eval()
-        on = torch.is_autocast_enabled(self.device.type)
-        try:
-            # Who leaves a context of autocast drops the casts of all threads. This may be the one that writes a
-            # checkpoint: a training step would cast its weights again, and add up gradients in another precision.
-            with torch.autocast(self.device.type, enabled=False) if on else nullcontext():
-                features: Tensor = self.module(views.float()).float()
-                return features
-        finally:
-            self.module.train(was_training)
+        with ExitStack() as stack:
+            stack.callback(self.module.train, was_training)
+            if self.device.type != "cpu":
+                stack.enter_context(exact_float32(self.device))
+                stack.enter_context(repeatable_convolutions())
+            elif torch.is_autocast_enabled("cpu"):
+                # Only where it is on: who leaves a context of autocast drops the casts of all threads. This may be the
+                # thread that writes a checkpoint, whose encoder is on the CPU: a training step would cast its weights
+                # again, and add up gradients in another precision.
+                stack.enter_context(torch.autocast("cpu", enabled=False))
+            features: Tensor = self.module(views.float()).float()
+            return features
 
     def _view_of(self, source: Source, i: int) -> np.ndarray | None:
         try:

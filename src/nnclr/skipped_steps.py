@@ -218,7 +218,7 @@ class _Posted:
         if flags.device.type != "cuda":
             return cls(flags, None, *rest)
         answer = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event(blocking=True)  # the threads that decode need the cores
         arrived.record()
         return cls(answer, arrived, *rest)
 

@@ -3,8 +3,7 @@
 Legend of the shape suffixes: N queries, M slots of the support set, K neighbours a query, D embedding width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from nnclr import counter, sharded_support_set
 from nnclr.distributed import gather, rank, world_size
+from nnclr.exact import exact_float32
+from nnclr.kernels.available import triton_works
 from nnclr.kernels.lookup import bfloat16_is_native, nearest_slots, stable_topk
 from nnclr.sharded_support_set import Found, best_first
 
@@ -155,7 +156,7 @@ class SupportSet(nn.Module):
             raise ValueError(f"queries have shape {tuple(z.shape)}; expected (n, {self.dim})")
         if not 1 <= k <= self.size:
             raise ValueError(f"k={k} is not between 1 and the support set's size {self.size}")
-        with _exact_float32(z.device):
+        with exact_float32(z.device):
             z_ND = F.normalize(z.float(), dim=1)
             if self._ranks == 1:
                 found = self._search(z_ND, k, exclude_ids, labels, query_labels)
@@ -183,7 +184,7 @@ class SupportSet(nn.Module):
         query_labels: Tensor | None,
     ) -> Found:
         """The k best entries among the rows held here."""
-        if exclude_ids is None and labels is None and self._rows >= _LARGE and bfloat16_is_native(z_ND.device):
+        if exclude_ids is None and labels is None and self._rows >= _LARGE and _has_fast_form(z_ND.device):
             best_NK, rows_NK = self._compare_candidates(z_ND, k)
         else:
             best_NK, rows_NK = self._compare_all(z_ND, k, exclude_ids, labels, query_labels)
@@ -457,13 +458,6 @@ def _pair_products(z_ND: Tensor, vectors_ND: Tensor) -> Tensor:
     return torch.bmm(z, vectors.transpose(1, 2)).diagonal(dim1=1, dim2=2).flatten()[: len(z_ND)]
 
 
-@contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32 or bfloat16 shortcuts inside float32 matrix products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def _has_fast_form(device: torch.device) -> bool:
+    """Whether `_compare_candidates` is to be had on a device and pays there."""
+    return triton_works(device) if device.type == "cuda" else bfloat16_is_native(device)

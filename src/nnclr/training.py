@@ -20,9 +20,10 @@ from nnclr.data.augment import View, policy
 from nnclr.data.images import Source
 from nnclr.data.loader import Loader, Plan, create_loader
 from nnclr.data.source import open_source, refuse_inside, test_split
-from nnclr.device import choose_device, choose_precision
+from nnclr.device import choose_device, choose_precision, view_dtype
 from nnclr.errors import InputError, NoCheckpointError, Stopped, StorageError
 from nnclr.evaluation.online import OnlineKNN
+from nnclr.exact import repeatable_convolutions
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import create_backbone, feature_dim
 from nnclr.models.blocks import repeated_blocks
@@ -112,6 +113,7 @@ def train(
     config = resolve(config, source)
     # Signals are answered until the job has left: a request that comes then must not make a failure of a finished run.
     with ExitStack() as answers, distributed.process_group(config.device), ExitStack() as stack:
+        stack.enter_context(repeatable_convolutions())
         check_ranks(config, source)
         run, device, plan = Path(config.out), torch.device(config.device), make_plan(config, len(source))
         distributed.from_main(lambda: check_existing(run, config, source))
@@ -132,7 +134,8 @@ def train(
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         distributed.from_main(lambda: claim(run, stack))
         stack.enter_context(run_folder.bad_samples_listed(run, source))
-        loader = create_loader(source, plan, device, config.num_workers or 0)
+        dtype = view_dtype(config.precision, device, named=module is None)
+        loader = create_loader(source, plan, device, config.num_workers or 0, dtype)
         restored = restore(run, state, config, source)
         distributed.barrier()  # some may have read their images faster
         alone, sizes = plan.ranks == 1 and state.step < total, [view.size for view in plan.views]
@@ -142,7 +145,7 @@ def train(
         distributed.from_main(lambda: begin(run, config, source, state, state.step >= total, stack))
         every_view, launches = AllViews(backbone, config.precision == "bf16"), ""
         if alone and module is None and backbone is state.backbone:  # which does nothing but launch kernels
-            every_view, launches = in_few_launches(every_view, sizes, config.batch_size)
+            every_view, launches = in_few_launches(every_view, sizes, config.batch_size, dtype)
         recorder = create_recorder(run, config, source, knn, state, loader, plan, total, quiet)
         try:
             recorder.start(restored, launches)

@@ -13,6 +13,7 @@ import triton
 
 from nnclr.data import augment as A
 from nnclr.kernels import augment_triton as K
+from nnclr.kernels import smallest_triton
 
 # Before normalising: float32 sums in another order, amplified by the jitter. In units of the range, as all tolerances.
 FLOAT32 = 4e-6
@@ -249,9 +250,16 @@ def test_the_augmentation_takes_the_kernels_where_there_are_any(monkeypatch):
     cut = (A.crop(images, parameters.boxes, parameters.flips, 16) * 255).round().to(torch.uint8)
     finished = A.finish(cut, parameters, views[1])
     assert not expected[0].is_contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(A, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(A, "triton_works", lambda device: True)
     made = A.augment(images, ids, views, 0, 0)
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in made)
     assert max(differences(made, expected)) < FLOAT32
     assert max(differences([A.finish(cut, parameters, views[1])], [finished])) < FLOAT32
     assert_equal_in_bfloat16(A.augment(images, ids, views, 0, 0, torch.bfloat16), expected)
+
+
+def test_the_smallest_kernel_runs_and_is_checked(monkeypatch):
+    smallest_triton.run_smallest(torch.device("cpu"))
+    monkeypatch.setattr(smallest_triton, "_write_one", {(1,): lambda out: None})
+    with pytest.raises(RuntimeError, match="without effect"):
+        smallest_triton.run_smallest(torch.device("cpu"))

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402  (after it is known that there is a Triton)
 from triton.compiler import ASTSource  # noqa: E402  (likewise)
 
-from nnclr.kernels import augment_triton, lookup_triton  # noqa: E402  (which import Triton)
+from nnclr.kernels import augment_triton, lookup_triton, smallest_triton  # noqa: E402  (which import Triton)
 
 H100 = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -52,7 +52,7 @@ def kernels():
     """(module, name, kernel) of what is launched: what no other one calls."""
     found = [
         (module, name, value)
-        for module in (augment_triton, lookup_triton)
+        for module in (augment_triton, lookup_triton, smallest_triton)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.JITFunction)
     ]
@@ -105,8 +105,15 @@ def test_look_up(noted):
         assert len(compiled(noted[name].kernel, *noted[name].noted[0])["cubin"]) > 1000
 
 
+def test_smallest(noted):
+    with pytest.raises(RuntimeError, match="without effect"):  # since it is only noted
+        smallest_triton.run_smallest(torch.device("cpu"))
+    assert len(compiled(noted["_write_one"].kernel, *noted["_write_one"].noted[0])["cubin"]) > 1000
+
+
 def test_no_kernel_is_left_out():
-    assert {name for _, name, _ in kernels()} == {"_cut", "_color", "_blur", "_group_maxima", "_best_of_groups"}
+    known = {"_cut", "_color", "_blur", "_group_maxima", "_best_of_groups", "_write_one"}
+    assert {name for _, name, _ in kernels()} == known
 
 
 def test_control_what_a_gpu_cannot_run_is_refused(noted):

@@ -78,6 +78,18 @@ class Threads:
         futures = deque([self.submit(function, item) for item in items])
         return (self.wait_for(futures.popleft()) for _ in range(len(futures)))
 
+    def map_batches(
+        self, function: Callable[[Item], Result], batches: Iterable[Iterable[Item]]
+    ) -> Iterator[list[Result]]:
+        """`map` of one batch after the other; while one is used, the next is under way."""
+        waiting: deque[Iterator[Result]] = deque()
+        for batch in batches:
+            waiting.append(self.map(function, batch))
+            if len(waiting) > 1:
+                yield list(waiting.popleft())
+        while waiting:
+            yield list(waiting.popleft())
+
     def wait_for(self, future: "Future[Result]", asked: Callable[[], bool] | None = None) -> Result:
         """The result of a future of these threads; an image that takes long is named in a warning, again each minute.
 

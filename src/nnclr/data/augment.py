@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from importlib.util import find_spec
 from itertools import permutations
 from typing import Any, Self
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from nnclr import counter
 from nnclr.data.one_image import LUMA, OPERATIONS, blur_image, color_image
 from nnclr.errors import InputError
+from nnclr.kernels.available import triton_works
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL_IMAGE = 64  # pixels; up to this size policies take their small-image form
@@ -376,14 +376,6 @@ def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
     return (images - constants[0]).div_(constants[1])
 
 
-@cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels make the views: on NVIDIA devices from Ampere on, if Triton is installed."""
-    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def augment(
     images: Tensor, ids: np.ndarray, views: Sequence[View], seed: int, epoch: int, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
@@ -402,7 +394,7 @@ def augment(
     """
     height, width = images.shape[2:]
     drawn = [draw_parameters(view, seed, epoch, ids, index, height, width) for index, view in enumerate(views)]
-    if _has_kernels(images.device):
+    if triton_works(images.device):
         from nnclr.kernels.augment_triton import augment_triton
 
         return augment_triton(images, drawn, views, IMAGENET_MEAN, IMAGENET_STD, dtype)
@@ -433,7 +425,7 @@ def finish(
 
     On a CPU the views can be made in place: out is (n, 3, s, s) float32.
     """
-    if _has_kernels(crops.device):
+    if triton_works(crops.device):
         from nnclr.kernels.augment_triton import augment_triton
 
         return augment_triton(crops, [parameters], [view], IMAGENET_MEAN, IMAGENET_STD, dtype, whole=True)[0]

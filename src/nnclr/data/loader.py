@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
     step: int
     ids: Tensor  # (B,) int64 on the device
-    views: list[Tensor]  # a view: (B, 3, s, s) float32 on the device, normalised
+    views: list[Tensor]  # a view: (B, 3, s, s) float32 or bfloat16 on the device, normalised
     seconds: float  # time the loop waited for it
 
 
@@ -124,8 +124,17 @@ class Plan:
             yield step, self.ids(step, order)
 
 
-def create_loader(source: Source, plan: Plan, device: torch.device, num_workers: int) -> Loader:
+def create_loader(
+    source: Source, plan: Plan, device: torch.device, num_workers: int, dtype: torch.dtype = torch.float32
+) -> Loader:
     """Keep a small set of equally sized images on the device; decode others in threads, step by step.
+
+    Args:
+        source: where the images come from.
+        plan: order and augmentation.
+        device: where the views are wanted.
+        num_workers: threads that decode.
+        dtype: of the views; bfloat16 for a network that computes in it, on another device than the CPU.
 
     Raises:
         DataError: if too many images cannot be read.
@@ -133,8 +142,8 @@ def create_loader(source: Source, plan: Plan, device: torch.device, num_workers:
     plan = replace(plan, blocks=source.blocks, window=source.window)
     images, bad = load_resident(source, device, num_workers)
     if images is not None:
-        return ResidentLoader(images, bad, plan, device)
-    return StreamLoader(source, plan, device, num_workers)
+        return ResidentLoader(images, bad, plan, device, dtype)
+    return StreamLoader(source, plan, device, num_workers, dtype)
 
 
 def load_resident(source: Source, device: torch.device, num_workers: int) -> tuple[Tensor | None, dict[int, str]]:
@@ -204,10 +213,18 @@ class ResidentLoader:
         bad: unreadable images, by id.
         plan: order and augmentation.
         device: where the views are made.
+        dtype: of the views.
     """
 
-    def __init__(self, images: Tensor, bad: dict[int, str], plan: Plan, device: torch.device) -> None:
-        self.images, self.bad, self.plan, self.device = images, bad, plan, device
+    def __init__(
+        self,
+        images: Tensor,
+        bad: dict[int, str],
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.images, self.bad, self.plan, self.device, self.dtype = images, bad, plan, device, dtype
 
     def batches(self, start: int, stop: int, asked: Callable[[], bool] | None = None) -> Iterator[Batch]:
         """See `Loader.batches`; nothing is ever waited for."""
@@ -216,7 +233,7 @@ class ResidentLoader:
             ids = self._replace_bad(step, ids)
             on_device = upload(ids, self.device)
             plan = self.plan
-            views = augment(self.images[on_device], ids, plan.views, plan.seed, plan.epoch(step))
+            views = augment(self.images[on_device], ids, plan.views, plan.seed, plan.epoch(step), self.dtype)
             yield Batch(step, on_device, views, time.perf_counter() - began)
 
     def _replace_bad(self, step: int, ids: np.ndarray) -> np.ndarray:
@@ -269,10 +286,18 @@ class StreamLoader:
         device: where the views are wanted.
         num_workers: threads (what takes time runs outside the interpreter lock); 0 for one that only works while
             the caller waits.
+        dtype: of the views; on a CPU float32.
     """
 
-    def __init__(self, source: Source, plan: Plan, device: torch.device, num_workers: int) -> None:
-        self.source, self.plan, self.device, self.num_workers = source, plan, device, num_workers
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        device: torch.device,
+        num_workers: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.source, self.plan, self.device, self.num_workers, self.dtype = source, plan, device, num_workers, dtype
         self.bad: dict[int, str] = {}
         self._memory = [_Memory(plan.batch_size // plan.ranks, view.size, device) for view in plan.views]
 
@@ -382,7 +407,7 @@ class StreamLoader:
         views = work.buffers
         if self.device.type != "cpu":
             views = [
-                finish(buffer.to(self.device, non_blocking=True), parameters, view)
+                finish(buffer.to(self.device, non_blocking=True), parameters, view, self.dtype)
                 for buffer, (parameters, _), view in zip(work.buffers, work.drawn, self.plan.views, strict=True)
             ]
         return Batch(work.step, upload(work.ids, self.device), views, time.perf_counter() - began)

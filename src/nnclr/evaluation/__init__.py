@@ -15,6 +15,7 @@ from nnclr.evaluation.linear import linear as _linear
 from nnclr.evaluation.result import Result, versions
 from nnclr.evaluation.task import Outcome, Task
 from nnclr.evaluation.transfer import transfer as _transfer
+from nnclr.exact import repeatable_convolutions
 from nnclr.pretrained import open_encoder
 
 # Under other names here, so that `nnclr.evaluation.knn` and its like remain the modules.
@@ -80,7 +81,8 @@ def evaluate(
     began = time.perf_counter()
     encoder = open_encoder(encoder)
     task = Task(encoder, data, test, num_workers, seed, say or (lambda text: None))
-    outcome = PROTOCOLS[protocol](task, **parameters)
+    with repeatable_convolutions():
+        outcome = PROTOCOLS[protocol](task, **parameters)
     return Result(
         metric=outcome.metric,
         value=outcome.value,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnclr.errors import InputError
+from nnclr.exact import exact_float32
 from nnclr.finite import refuse_not_finite, refuse_other_labels
 from nnclr.kernels.lookup import bfloat16_is_native, least_maximum
 
@@ -37,7 +38,7 @@ def nearest_rows(train: Tensor, test: Tensor, k: int, block: int = _BLOCK) -> tu
     where = torch.zeros(best.shape, dtype=torch.int64, device=train.device)
     quick = train.device.type == "cpu" and bfloat16_is_native(train.device)
     start = 0
-    with torch.autocast(train.device.type, enabled=False):
+    with exact_float32(train.device):
         while start < len(train) and len(test):
             some = train[start : start + (_WIDE * block if quick else block)]
             if quick and len(some) >= _GROUP * max(k, _LEAST):

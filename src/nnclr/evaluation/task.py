@@ -5,11 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nnclr import counter
-from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, View, normalize, policy
+from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, View, normalize, policy, upload
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.data.source import open_source, test_split
@@ -221,6 +220,5 @@ def renormalised(views: Tensor, encoder: Encoder) -> Tensor:
     """Views that the loader normalised by ImageNet's mean and deviation, by the encoder's own instead."""
     if encoder.mean == IMAGENET_MEAN and encoder.std == IMAGENET_STD:
         return views
-    columns = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    mean, std = columns
+    mean, std = upload(np.array([IMAGENET_MEAN, IMAGENET_STD], np.float32), views.device)[:, :, None, None]
     return normalize(views * std + mean, encoder.mean, encoder.std)

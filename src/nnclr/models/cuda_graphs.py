@@ -53,7 +53,9 @@ class _Graphs(AllViews):
         return tuple(features.clone() for features in self.captured(*views))
 
 
-def in_few_launches(network: AllViews, sizes: list[int], images: int) -> tuple[AllViews, str]:
+def in_few_launches(
+    network: AllViews, sizes: list[int], images: int, dtype: torch.dtype = torch.float32
+) -> tuple[AllViews, str]:
     """The same as CUDA graphs (`torch.cuda.make_graphed_callables`), where those are faster.
 
     Graphs replay the very kernels that were launched before, so that results stay the same bit for bit. Whether they
@@ -65,10 +67,11 @@ def in_few_launches(network: AllViews, sizes: list[int], images: int) -> tuple[A
             in Python, a graph would not do again.
         sizes: pixels of each view.
         images: n, of every step.
+        dtype: of the views.
 
     Returns:
         The network itself, or its graphs, which share its weights and buffers and take views of these shapes alone
-        (float32, channels_last), one forward and one backward at a time; and what to say of it, if anything.
+        (channels_last), one forward and one backward at a time; and what to say of it, if anything.
 
     Raises:
         NNCLRError: if a capture failed and left the device in a state in which no run can go on.
@@ -78,7 +81,7 @@ def in_few_launches(network: AllViews, sizes: list[int], images: int) -> tuple[A
         return network, ""
     try:
         with _as_now(device):
-            return _faster(network, *(_noise(sizes, images, seed, device) for seed in (0, 1)))
+            return _faster(network, *(_noise(sizes, images, dtype, seed, device) for seed in (0, 1)))
     except Exception as error:  # noqa: BLE001  (what is only tried ends no run)
         _require_usable(device, error)
         return network, f"launched kernel by kernel, since CUDA graphs cannot be had: {first_line(error)}"
@@ -115,10 +118,10 @@ def _drop_what_is_unused() -> None:
     torch.cuda.empty_cache()
 
 
-def _noise(sizes: list[int], images: int, seed: int, device: torch.device) -> list[Tensor]:
+def _noise(sizes: list[int], images: int, dtype: torch.dtype, seed: int, device: torch.device) -> list[Tensor]:
     draw = torch.Generator(device).manual_seed(seed)
     views = [torch.randn(images, 3, size, size, generator=draw, device=device) for size in sizes]
-    return [view.contiguous(memory_format=torch.channels_last) for view in views]
+    return [view.to(dtype, memory_format=torch.channels_last) for view in views]
 
 
 def _faster(network: AllViews, views: list[Tensor], others: list[Tensor]) -> tuple[AllViews, str]:

@@ -1,0 +1,123 @@
+"""Float32 that is float32 whatever a program has asked for, convolutions that repeat, and where both are used."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nnclr
+from nnclr.encoder import Encoder
+from nnclr.evaluation.knn import nearest_rows
+from nnclr.exact import exact_float32, repeatable_convolutions
+from tests import reference
+from tests.accelerator import NAME, accelerator
+
+CUDNN, PRODUCTS, ON_CPU = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def shortcuts():
+    """What a program can ask for, each part by itself, after which `get_float32_matmul_precision` is an error."""
+    parts = (PRODUCTS, ON_CPU, CUDNN.conv)
+    before = [part.fp32_precision for part in parts]
+    PRODUCTS.fp32_precision, ON_CPU.fp32_precision, CUDNN.conv.fp32_precision = "tf32", "bf16", "tf32"
+    with pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    yield
+    for part, precision in zip(parts, before, strict=True):
+        part.fp32_precision = precision
+
+
+def asked_for():
+    return PRODUCTS.fp32_precision, ON_CPU.fp32_precision, CUDNN.conv.fp32_precision
+
+
+def test_everything_is_exact_inside_and_as_it_was_afterwards(shortcuts):
+    with contextlib.suppress(KeyError), exact_float32(CPU):
+        assert asked_for() == ("ieee",) * 3
+        assert torch.get_float32_matmul_precision() == "highest"
+        raise KeyError
+    assert asked_for() == ("tf32", "bf16", "tf32")
+
+
+def crowd(m):
+    """Rows around one centre, whose similarities bfloat16 does not tell apart."""
+    return torch.randn(1, 64) + 0.15 * torch.randn(m, 64)
+
+
+@pytest.mark.parametrize("search", ["support set", "kNN"])
+def test_neighbours_are_exact_where_a_program_asks_for_shortcuts(search, shortcuts):
+    vectors = crowd(600)
+    queries = vectors[512:]
+    unit = reference.unit(vectors.double().numpy())
+    expected = (unit[512:] @ unit[:512].T).argmax(axis=1)
+    if search == "support set":
+        made = nnclr.SupportSet(512, 64)
+        made.enqueue(vectors[:512], torch.arange(512))
+        found = made.nearest(queries).ids[:, 0]
+    else:
+        found = nearest_rows(vectors[:512], queries, 1)[1][:, 0]
+    assert found.tolist() == expected.tolist()
+    assert asked_for() == ("tf32", "bf16", "tf32")
+
+
+def test_convolutions_repeat_inside_and_are_as_they_were_afterwards(monkeypatch):
+    monkeypatch.setattr(CUDNN, "benchmark", True)
+    with contextlib.suppress(KeyError), repeatable_convolutions():
+        assert (CUDNN.deterministic, CUDNN.benchmark) == (True, False)
+        raise KeyError
+    assert (CUDNN.deterministic, CUDNN.benchmark) == (False, True)
+
+
+class Noting(nn.Module):
+    """A backbone that notes how it would be computed on CUDA."""
+
+    seen: set = set()  # noqa: RUF012  (of the class: encoders copy modules)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, images):
+        mode = "training" if self.training else "evaluation"
+        self.seen.add((mode, CUDNN.deterministic, CUDNN.benchmark, CUDNN.conv.fp32_precision))
+        return self.layer(images.mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def noting(monkeypatch):
+    monkeypatch.setattr(Noting, "seen", set())
+    monkeypatch.setattr(CUDNN, "benchmark", True)
+    return Noting()
+
+
+def test_a_run_repeats_its_convolutions(pictures, tiny, tmp_path, noting, monkeypatch):
+    """Or a resumed run would not have the weights of the uninterrupted one."""
+    del tiny["backbone"]
+    with accelerator(monkeypatch):
+        nnclr.pretrain(pictures, tmp_path / "run", backbone=noting, **tiny | {"epochs": 1, "device": NAME})
+    precision = CUDNN.conv.fp32_precision
+    assert {seen for seen in noting.seen if seen[0] == "training"} == {("training", True, False, precision)}
+    assert {seen for seen in noting.seen if seen[0] == "evaluation"} >= {("evaluation", True, False, "ieee")}
+    assert (CUDNN.deterministic, CUDNN.benchmark) == (False, True)
+
+
+def test_features_are_float32_on_a_device_and_leave_the_switches_alone_on_the_cpu(noting, monkeypatch):
+    """On the CPU it may be the thread that writes a checkpoint, while a step computes on the device."""
+    images, precision = np.zeros((4, 8, 8, 3), np.uint8), CUDNN.conv.fp32_precision
+    Encoder(noting, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).embed(images)
+    assert noting.seen == {("evaluation", False, True, precision)}
+    noting.seen.clear()
+    with accelerator(monkeypatch):
+        Encoder(noting.to(NAME), 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).embed(images)
+    assert noting.seen == {("evaluation", True, False, "ieee")}
+
+
+def test_fine_tuning_repeats(pictures, noting, monkeypatch):
+    with accelerator(monkeypatch):
+        encoder = Encoder(noting.to(NAME), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        nnclr.evaluate(encoder, pictures, protocol="finetune", epochs=1)
+    assert {seen[:3] for seen in noting.seen} == {("training", True, False), ("evaluation", True, False)}
