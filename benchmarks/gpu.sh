@@ -14,7 +14,7 @@ failed=0
 "$PYTHON" -m benchmarks.gpu limits augmentation lookup lars 'step-*' --out "$OUT/gpu.json" || failed=1
 # By name, since other files import what need not be there; warnings of another torch are no failures.
 "$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu \
-  tests/gpu tests/test_optim.py tests/kernels/test_lookup.py tests/data/test_augment.py || failed=1
+  tests/gpu tests/test_optim.py tests/kernels/test_available.py tests/kernels/test_lookup.py tests/data/test_augment.py || failed=1
 # What takes longest comes last and is cut off at nine minutes; each case is written down when it is done.
 { ((SECONDS < 540)) && timeout $((540 - SECONDS)) "$PYTHON" -m benchmarks.gpu 'compiled-*' --out "$OUT/gpu.json"; } || failed=1
 exit "$failed"

@@ -244,18 +244,20 @@ def test_views_are_rounded_where_the_first_layer_would_round_them(
     pictures, settings, tmp_path, device, precision, named, dtype, monkeypatch
 ):
     asked = []
+    monkeypatch.setattr(training, "create_loader", lambda *arguments: asked.append(arguments[-1]))
+    graphs = lambda network, sizes, images, dtype: (asked.append(dtype), (network, ""))[1]  # noqa: E731
+    monkeypatch.setattr(training, "in_few_launches", graphs)
 
-    def no_loader(*_):
-        asked.append(_[-1])
+    def no_recorder(*_):
         raise Enough
 
-    monkeypatch.setattr(training, "create_loader", no_loader)
+    monkeypatch.setattr(training, "create_recorder", no_recorder)
     changed = {"device": device, "precision": precision}
     if not named:
         changed["backbone"] = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.Flatten())
     with accelerator(monkeypatch), pytest.raises(Enough):
         nnclr.pretrain(pictures, tmp_path / "run", **settings(**changed))
-    assert asked == [dtype]
+    assert asked == [dtype] * (1 + named)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import numpy as np
 from nnclr import __version__, distributed
 from nnclr.blotted import without_secrets
 from nnclr.checkpoint import lock, write_atomically
-from nnclr.data.ahead import Threads
+from nnclr.data.ahead import Threads, threads_for
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source, cell, printable, shown
 from nnclr.data.source import open_source
@@ -49,7 +49,7 @@ def embed_to_file(
     *,
     dtype: str = "float32",
     batch_size: int = 256,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Embed all images and write them to a file that `open_embeddings` opens; the same call goes on after a stop.
@@ -65,7 +65,7 @@ def embed_to_file(
         out: `FILE.parquet` or `FILE.npy`.
         dtype: "float32" or "float16".
         batch_size: images at a time.
-        num_workers: threads that decode.
+        num_workers: threads that decode; None for one a core, up to eight.
         say: takes the lines for people.
 
     Returns:
@@ -85,7 +85,7 @@ def embed_to_file(
         raise InputError(f"dtype {dtype} is neither float32 nor float16")
     if batch_size < 1:
         raise InputError(f"a batch size of {batch_size} is below 1")
-    if num_workers < 0:
+    if num_workers is not None and num_workers < 0:
         raise InputError(f"{num_workers} workers are below 0")
     if distributed.rank() != 0:
         say = _silent
@@ -196,7 +196,7 @@ class _Embedder:
     encoder: Encoder
     source: Source
     batch_size: int
-    num_workers: int
+    num_workers: int | None
     dtype: str
 
     def batches(self, rows: range, pool: Threads) -> Iterator[tuple[np.ndarray, list[tuple[int, str]]]]:
@@ -352,7 +352,7 @@ def _compute_missing(
         say(f"embedding {name}: {before} of {n} images are there from before")
     began = said = time.perf_counter()
     done = 0
-    with Threads(max(embedder.num_workers, 1)) as pool:
+    with Threads(threads_for(embedder.num_workers)) as pool:
         for rows in missing:
             vectors, skipped = [], []
             for batch, bad in embedder.batches(rows, pool):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nnclr import distributed
 from nnclr.checkpoint import write_atomically
-from nnclr.data.ahead import Threads
+from nnclr.data.ahead import Threads, threads_for
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_image, normalize
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
@@ -109,14 +109,14 @@ class Encoder:
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def embed(self, data: Any, batch_size: int = 256, num_workers: int = 2) -> np.ndarray:
+    def embed(self, data: Any, batch_size: int = 256, num_workers: int | None = None) -> np.ndarray:
         """Features of all images, in evaluation mode and float32 whatever the state of the module.
 
         Args:
             data: anything `nnclr pretrain` takes, an array of images, Pillow images, a `Source`; also the path of a
                 picture, or a list of them.
             batch_size: images at a time.
-            num_workers: threads that decode.
+            num_workers: threads that decode; None for one a core, up to eight.
 
         Returns:
             (n, d) float32 in the order of the source; the row of an image that cannot be read is NaN.
@@ -129,20 +129,20 @@ class Encoder:
         return np.concatenate(list(self.embed_batches(source, batch_size, num_workers)))
 
     def embed_batches(
-        self, source: Source, batch_size: int = 256, num_workers: int = 2, together: bool = False
+        self, source: Source, batch_size: int = 256, num_workers: int | None = None, together: bool = False
     ) -> Iterator[np.ndarray]:
         """The rows of `embed`, (batch, d) float32 at a time.
 
         Args:
             source: the images.
             batch_size: images at a time.
-            num_workers: threads that decode.
+            num_workers: threads that decode; None for one a core, up to eight.
             together: all ranks of the job call this; each computes its share of the same batches, and yields all.
         """
         rank, ranks = (distributed.rank(), distributed.world_size()) if together else (0, 1)
         starts = [first + rank * batch_size for first in range(0, len(source), ranks * batch_size)]
         shares = [range(start, min(start + batch_size, len(source))) for start in starts]
-        with Threads(max(num_workers, 1)) as pool:
+        with Threads(threads_for(num_workers)) as pool:
             for views in pool.map_batches(lambda i: self._view_of(source, i), shares):
                 features = self.embed_views(views) if views else None  # the last batches may be fewer than the ranks
                 if together:

@@ -39,8 +39,8 @@ class Evaluate:
     """File of result lines to add to; default evaluations.jsonl and baselines.jsonl of a run folder."""
     device: str = "cpu"
     """Where the encoder runs: cpu, cuda, cuda:N or auto."""
-    num_workers: int = 2
-    """Threads that decode images."""
+    num_workers: int | None = None
+    """Threads that decode images; default one a core, up to 8."""
     seed: int = 0
     """Seed of splits, orders and resampling."""
     k: tuple[int, ...] | None = None
@@ -109,8 +109,8 @@ class Embed:
     """Images at a time."""
     device: str = "cpu"
     """Where the encoder runs: cpu, cuda, cuda:N or auto."""
-    num_workers: int = 2
-    """Threads that decode images."""
+    num_workers: int | None = None
+    """Threads that decode images; default one a core, up to 8."""
 
 
 @dataclass(frozen=True)

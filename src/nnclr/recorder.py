@@ -195,7 +195,8 @@ class Recorder:
         """A checkpoint, and the encoder of this step: copied now, written in the background, the checkpoint first.
 
         So `encoder/` is never newer than the checkpoints. The copy takes as much memory as the training state until
-        it is written; the next save, `finish` and `close` wait for that, and raise what went wrong.
+        it is written, on CUDA until the run ends, since PyTorch keeps pinned memory; the next save, `finish` and
+        `close` wait for that, and raise what went wrong.
         """
         began, state = time.perf_counter(), self.state
         replicas.assert_replicas_equal(state.replicated())

@@ -64,7 +64,7 @@ class StandIn:
                     gradient.fill_(torch.nan)
                 for sample, new in zip(samples, given, strict=False):
                     if self.fault != "old images":
-                        assert (new.shape, new.stride()) == (sample.shape, sample.stride())
+                        assert (new.dtype, new.shape, new.stride()) == (sample.dtype, sample.shape, sample.stride())
                         sample.copy_(new)
                 before = [buffer.clone() for buffer in buffers]
                 if self.fault == "other random numbers":
@@ -125,18 +125,18 @@ def network(bf16=False):
     return AllViews(Backbone().to(memory_format=torch.channels_last).train(), bf16)
 
 
-def views(seed):
+def views(seed, dtype=torch.float32):
     draw = torch.Generator().manual_seed(seed)
     made = (torch.randn(IMAGES, 3, size, size, generator=draw) for size in SIZES)
-    return [view.contiguous(memory_format=torch.channels_last) for view in made]
+    return [view.to(dtype, memory_format=torch.channels_last) for view in made]
 
 
-def steps(of):
+def steps(of, dtype=torch.float32):
     """Three steps of descent: features, gradients, and in the end weights and buffers."""
     seen = []
     for step in range(3):
         torch.manual_seed(step)
-        features = of(*views(step))
+        features = of(*views(step, dtype))
         of.zero_grad()
         sum(out.square().sum() for out in features).backward()
         seen += [out.detach().clone() for out in features]
@@ -152,26 +152,28 @@ def alike(these, those):
     return len(these) == len(those) and all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_graphs_give_the_same_bits(stand_in, bf16):
+@pytest.mark.parametrize(
+    ("bf16", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)], ids=str
+)
+def test_graphs_give_the_same_bits(stand_in, bf16, dtype):
     made, plain = stand_in(), network(bf16)
-    expected = steps(plain)
+    expected = steps(plain, dtype)
     of = network(bf16)
-    graphs, said = in_few_launches(of, SIZES, IMAGES)
+    graphs, said = in_few_launches(of, SIZES, IMAGES, dtype)
     assert graphs is not of
     assert graphs.backbone is of.backbone
     assert said == "CUDA graphs of the backbone: 3.00 ms instead of 5.00 a step"
     before = made.replays
-    assert alike(steps(graphs), expected)
+    assert alike(steps(graphs, dtype), expected)
     assert made.replays == before + 3
-    features = graphs(*views(0))
+    features = graphs(*views(0, dtype))
     then = [out.clone() for out in features]
-    graphs(*views(1))
+    graphs(*views(1, dtype))
     assert alike(features, then)  # they outlive the next step
     assert of.forward.__func__ is AllViews.forward  # who holds the network itself holds no graphs
     other = network(bf16)
     other.backbone.norm.momentum = 0.2
-    assert not alike(steps(other), expected)  # control
+    assert not alike(steps(other, dtype), expected)  # control
 
 
 def test_trying_leaves_no_trace(stand_in, monkeypatch):

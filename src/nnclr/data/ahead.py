@@ -34,6 +34,11 @@ Result = TypeVar("Result")
 _under_way: dict[int, tuple[float, Callable[[], str]]] = {}  # thread -> since when it reads, and the name of what
 
 
+def threads_for(num_workers: int | None) -> int:
+    """Threads that decode: as many as are asked for and at least one; for None one a core, up to eight."""
+    return min(8, os.cpu_count() or 1) if num_workers is None else max(num_workers, 1)
+
+
 class AskedToStop(Exception):
     """A stop was asked for while images were waited for."""
 
@@ -168,12 +173,10 @@ def _serve(
         del future
 
 
-def ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int = min(8, os.cpu_count() or 1)
-) -> Iterator[Result]:
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None) -> Iterator[Result]:
     """`map(function, items)`, some results ahead: where `Threads.map` would take all items at once."""
     waiting: deque[Future[Result]] = deque()
-    with Threads(threads) as pool:
+    with Threads(threads_for(threads)) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > _AHEAD:

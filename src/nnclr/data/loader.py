@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nnclr import counter
-from nnclr.data.ahead import AskedToStop, Threads, ahead
+from nnclr.data.ahead import AskedToStop, Threads, ahead, threads_for
 from nnclr.data.augment import (
     Parameters,
     View,
@@ -163,7 +163,7 @@ def load_resident(source: Source, device: torch.device, num_workers: int) -> tup
     if too_large or (device.type == "cpu" and max(first.shape[:2]) > _RESIDENT_PIXELS_CPU):
         return None, {}
     images = torch.zeros(len(source), 3, *first.shape[:2], dtype=torch.uint8)
-    for i, image in enumerate(ahead(lambda i: _read(source, i, bad), range(len(source)), max(num_workers, 1))):
+    for i, image in enumerate(ahead(lambda i: _read(source, i, bad), range(len(source)), num_workers)):
         if image is None:
             continue
         if image.shape != first.shape:
@@ -304,7 +304,7 @@ class StreamLoader:
     def batches(self, start: int, stop: int, asked: Callable[[], bool] | None = None) -> Iterator[Batch]:
         """See `Loader.batches`."""
         most = _AHEAD[self.device.type] if self.num_workers else 0
-        pool = _one_thread_each(max(self.num_workers, 1))
+        pool = _one_thread_each(threads_for(self.num_workers))
         try:
             waiting: deque[tuple[_Work, list[Future[None]]]] = deque()
             for step, ids in self.plan.orders(start, stop):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import nnclr.evaluation.protocols as _protocols
+from nnclr.data.ahead import threads_for
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
 from nnclr.evaluation.finetune import finetune as _finetune
@@ -44,7 +45,7 @@ def evaluate(
     test: Any = None,
     *,
     protocol: str = "knn",
-    num_workers: int = 2,
+    num_workers: int | None = None,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
     **parameters: Any,
@@ -60,7 +61,7 @@ def evaluate(
             folder that holds the data sets.
         test: labelled images to be scored; else the data's own test split, else a tenth of each class.
         protocol: one of `PROTOCOLS`; each function there says what its parameters are.
-        num_workers: threads that decode.
+        num_workers: threads that decode; None for one a core, up to eight.
         seed: of splits, orders and resampling.
         say: is told how far it is, a line now and then.
         **parameters: of the protocol, for example `k` and `temperature` of knn.
@@ -76,11 +77,12 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise InputError(f"no protocol is called '{protocol}'; there are {', '.join(PROTOCOLS)}")
     check_parameters(protocol, parameters)
-    if num_workers < 0 or seed < 0:
+    if (num_workers is not None and num_workers < 0) or seed < 0:
         raise InputError(f"num_workers={num_workers} and seed={seed} must be at least 0")
     began = time.perf_counter()
     encoder = open_encoder(encoder)
-    task = Task(encoder, data, test, num_workers, seed, say or (lambda text: None))
+    workers = threads_for(None) if num_workers is None else num_workers
+    task = Task(encoder, data, test, workers, seed, say or (lambda text: None))
     with repeatable_convolutions():
         outcome = PROTOCOLS[protocol](task, **parameters)
     return Result(
