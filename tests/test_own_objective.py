@@ -129,6 +129,39 @@ class LookingElsewhere(Looking):
     width = 24
 
 
+class OfPairs(Looking):
+    """Its projector takes the features of both views side by side, and gives two things."""
+
+    def __init__(self, feature_dim, **settings):
+        super().__init__(2 * feature_dim, **settings)
+
+    def forward(self, features, targets=None, ids=None):
+        return super().forward([torch.cat(pair, 1) for pair in (features, features[::-1])], targets, ids)
+
+
+class Twofold(Looking):
+    """Its projector gives two things."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.projector.register_forward_hook(lambda module, given, out: out if module.training else (out, out))
+
+
+class Frozen(Looking):
+    """One layer of its projector stays as in evaluation, and `look_up` is a method of its own."""
+
+    seen: set = set()  # noqa: RUF012  (of the class: a picture takes a copy)
+
+    def forward(self, features, targets=None, ids=None):
+        norm = next(layer for layer in self.projector.modules() if isinstance(layer, torch.nn.BatchNorm1d))
+        self.seen.add((self.projector.training, norm.training))
+        norm.eval()
+        return super().forward(features, targets, ids)
+
+    def look_up(self, z, k):
+        return self.support_set.nearest(z, k)
+
+
 def test_neighbours_are_drawn_where_the_projector_leads_to_the_support_set(images, tmp_path):
     def drawn(objective):
         out = tmp_path / objective.__name__
@@ -136,4 +169,12 @@ def test_neighbours_are_drawn_where_the_projector_leads_to_the_support_set(image
         return [path.name for path in (out / "neighbours").glob("*")]
 
     assert drawn(Looking) == ["step-00000002.png"]
-    assert drawn(LookingElsewhere) == drawn(SimCLR) == []
+    assert drawn(LookingElsewhere) == drawn(OfPairs) == drawn(Twofold) == drawn(SimCLR) == []
+
+
+def test_a_picture_leaves_frozen_layers_as_they_are(images, tmp_path):
+    out = tmp_path / "run"
+    nnclr.pretrain((images, np.arange(64) % 2), out, objective=Frozen, evaluate_every_epochs=0.5, **SETTINGS)
+    assert sorted(path.name for path in (out / "neighbours").glob("*")) == ["step-00000001.png", "step-00000002.png"]
+    assert Frozen.seen == {(True, True), (True, False)}  # thawed before the first step, and never again
+    Frozen.seen.clear()

@@ -46,7 +46,7 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
 def view_dtype(precision: Precision, device: torch.device, named: bool) -> torch.dtype:
     """Of the views a run trains on: bfloat16 where the backbone's first layer would round them to it anyway.
 
-    That is so for backbones by name; what another module does with views before its first product is its own affair.
-    On a CPU the rounding is left to autocast.
+    That is so for nearly all backbones by name (a few of timm's resize or scale views first, and round once more); what
+    another module does before its first product is its own affair. On a CPU the rounding is left to autocast.
     """
     return torch.bfloat16 if precision == "bf16" and device.type != "cpu" and named else torch.float32

@@ -4,6 +4,7 @@
 side.
 """
 
+import copy
 import io
 from collections import Counter
 from dataclasses import dataclass
@@ -50,12 +51,12 @@ def draw_neighbours(
     order = counter.permutation(0, 0, len(source)).tolist()
     queries = [i for i in order if i not in bad][:QUERIES]
     features = torch.from_numpy(encoder.embed(source.subset(np.array(queries)), num_workers=0)).to(encoder.device)
-    was_training = projector.training
-    projector.eval()
-    with torch.no_grad():
-        embeddings = projector(features)
-    projector.train(was_training)
-    if embeddings.shape[1] != support_set.dim:  # an objective of one's own looks up something else
+    try:
+        with torch.no_grad():
+            embeddings = copy.deepcopy(projector).eval()(features)  # a copy: some layers may be frozen, and stay so
+    except Exception:  # noqa: BLE001  (an objective of one's own may use its projector in another way)
+        return
+    if not isinstance(embeddings, torch.Tensor) or embeddings.shape != (len(queries), support_set.dim):
         return
     found = support_set.nearest(embeddings, k=min(NEIGHBOURS, support_set.size))
     if distributed.rank() != 0:  # they were needed for the look-up

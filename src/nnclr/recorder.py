@@ -123,7 +123,7 @@ class Recorder:
         )
         if launches:
             say(launches)
-        if (used := objective.look_up()) is not None:
+        if (used := objective.pictured_look_up()) is not None:
             share = used[1].size / len(source)
             say(f"support set {used[1].size}: {100 * share:.0f} % of the images")
             if share > 1:
@@ -195,7 +195,7 @@ class Recorder:
         """A checkpoint, and the encoder of this step: copied now, written in the background, the checkpoint first.
 
         So `encoder/` is never newer than the checkpoints. The copy takes as much memory as the training state until
-        it is written, on CUDA until the run ends, since PyTorch keeps pinned memory; the next save, `finish` and
+        it is written, on CUDA until the process ends, since PyTorch keeps pinned memory; the next save, `finish` and
         `close` wait for that, and raise what went wrong.
         """
         began, state = time.perf_counter(), self.state
@@ -393,7 +393,7 @@ class Recorder:
         self.window.exclude(time.perf_counter() - began)
 
     def _draw_neighbours(self) -> None:
-        used = self.state.objective.look_up()
+        used = self.state.objective.pictured_look_up()
         if used is not None and len(used[1]) > 0:
             path = self.run / "neighbours" / f"step-{self.state.step:08d}.png"
             neighbour_sheet.draw_neighbours(path, self.encoder(averaged=True), *used, self.source, self.loader.bad)

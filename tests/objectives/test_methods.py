@@ -488,7 +488,7 @@ def test_what_is_shown_as_the_look_up_is_what_each_method_looks_up(monkeypatch):
         features, targets = ([torch.randn(BATCH, DIM) for _ in range(2)] for _ in range(2))
         asked.clear()
         made(features, targets if made.momentum is not None else None, torch.arange(BATCH))
-        shown = made.look_up()
+        shown = made.pictured_look_up()
         assert (shown is None) == (not asked), name
         if shown is not None:
             with_look_up.add(name)

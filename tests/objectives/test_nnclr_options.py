@@ -234,14 +234,14 @@ def test_neighbour_pictures_are_drawn_with_the_weights_of_the_look_up(pictures, 
     from nnclr import neighbour_sheet
 
     used, objectives = [], []
-    real, look_up = neighbour_sheet.draw_neighbours, nnclr.NNCLR.look_up
+    real, look_up = neighbour_sheet.draw_neighbours, nnclr.NNCLR.pictured_look_up
 
     def spy(path, encoder, *rest):
         used.append(encoder)
         return real(path, encoder, *rest)
 
     monkeypatch.setattr(neighbour_sheet, "draw_neighbours", spy)
-    monkeypatch.setattr(nnclr.NNCLR, "look_up", lambda self: (objectives.append(self), look_up(self))[1])
+    monkeypatch.setattr(nnclr.NNCLR, "pictured_look_up", lambda self: (objectives.append(self), look_up(self))[1])
     looked_up, nearest = [], nnclr.SupportSet.nearest
 
     def listen(self, z, k=1, **options):

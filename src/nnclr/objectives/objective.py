@@ -58,11 +58,12 @@ class Objective(nn.Module):
         finite, the loop takes back what happened to those.
         """
 
-    def look_up(self) -> tuple[nn.Module, SupportSet] | None:
+    def pictured_look_up(self) -> tuple[nn.Module, SupportSet] | None:
         """The projector for whose embeddings neighbours are looked up, and where; None without a look-up.
 
         The loop draws pictures of what is found. They are taken by their names: `support_set`, and
-        `average_projector` or else `projector`.
+        `average_projector` or else `projector`, which maps a backbone's features to embeddings of the set's width;
+        where it does something else, nothing is drawn.
         """
         support_set = getattr(self, "support_set", None)
         projector = getattr(self, "average_projector", None) or getattr(self, "projector", None)
