@@ -13,7 +13,7 @@ from nnclr.finite import refuse_not_finite, refuse_other_labels
 from nnclr.kernels.lookup import bfloat16_is_native, least_maximum
 
 _BLOCK = 4096  # rows of test and of train that are compared at a time: 64 MiB of similarities
-_WIDE, _QUERIES = 16, 256  # bfloat16 products: blocks of train rows, and queries, at a time, 32 MiB of similarities
+_WIDE, _QUERIES = 16, 128  # bfloat16 products: blocks of train rows, and queries, at a time, 16 MiB of similarities
 _GROUP, _LEAST = 16, 64  # rows in a group; groups from which on they pay
 _MOST = 0.25  # share of the groups with candidates above which comparing all is faster
 
