@@ -190,7 +190,7 @@ def test_a_run_is_that_of_the_cpu(pictures, settings, changed, tmp_path, monkeyp
 
     def train(device):
         made = settings(**changed) | {"device": device, "evaluate_every_epochs": 1, "out": tmp_path / device}
-        made["learning_rate"] = 0.005  # where rounding, which memory's alignment changes, grows little in ten steps
+        made["learning_rate"] = 0.001  # where rounding, which memory's alignment changes, grows little in ten steps
         made |= {"data": (images, labels), "test_data": (images[:40], labels[:40])}
         with monkeypatch.context() as once:
             once.setattr(Recorder, "after_step", failing)
@@ -202,7 +202,7 @@ def test_a_run_is_that_of_the_cpu(pictures, settings, changed, tmp_path, monkeyp
     assert [line["step"] for line in there.metrics] == [2, 4, 6, 8, 10]
     for ours, cpu in zip(there.metrics, here.metrics, strict=True):
         for name in ("loss", "grad_norm", "rank_me", "alignment", "uniformity"):
-            assert ours[name] == pytest.approx(cpu[name], rel=0.01), (name, ours["step"])  # as the weights below
+            assert ours[name] == pytest.approx(cpu[name], rel=1e-3), (name, ours["step"])
     assert [line["value"] for line in there.evaluations] == [line["value"] for line in here.evaluations]
     ours, cpu = checkpoint(there), checkpoint(here)
     assert ours.keys() == cpu.keys()
