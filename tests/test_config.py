@@ -23,6 +23,14 @@ def test_toml_round_trip():
     assert from_toml(to_toml(config).encode(), "here") == config
 
 
+@pytest.mark.parametrize(
+    "text", ["\N{CAMERA WITH FLASH} Ferien", "a\x7fb", "\u2028\ue000\ufeff", "".join(map(chr, range(1, 160)))]
+)
+def test_any_text_of_a_path_comes_back(text):
+    config = make_config(text, text)
+    assert from_toml(to_toml(config).encode(), "here") == config
+
+
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_loads_and_is_checked(name):
     values = load_preset(name)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nnclr import embeddings
-from nnclr.embeddings import open_embeddings, write_embeddings
+from nnclr.embeddings import header_of, open_embeddings, write_embeddings
 from nnclr.errors import InputError, StorageError
 
 NAMES = ["a/1.png", 'a/with, "both".png', "b/ünï.png", "b/\\x41.png"]
@@ -196,7 +196,9 @@ def test_hostile_npy(tmp_path, kind, monkeypatch):
         assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "twice", "not csv", "facts missing", "facts cut", "facts deep"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "cut", "twice", "not csv", "facts missing", "facts cut", "facts deep", "classes"]
+)
 def test_what_lies_beside_the_npy(tmp_path, damage):
     vectors, ids, names = content()
     write_embeddings(tmp_path / "e.npy", vectors, ids, names)
@@ -207,6 +209,9 @@ def test_what_lies_beside_the_npy(tmp_path, damage):
         table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
     elif damage == "twice":
         table.write_text(table.read_text().replace("\n4,", "\n1,"))
+    elif damage == "classes":
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"class_names": 5}))
+        assert header_of(tmp_path / "e.npy") == {}
     elif damage == "not csv":
         table.write_bytes(b"id,path,label,checksum\n1,\xff\xfe,x\n")
     else:

@@ -77,3 +77,76 @@ def test_every_kind_of_rows_block_by_block(tmp_path, kind, monkeypatch):
     ):
         refuse_not_finite(given, "these")
     refuse_not_finite(given[:20], "these")
+
+
+LABEL_TYPES = ["u1", "u2", "i1", "i2", "i4", "i8", ">i8", ">i2", list, torch.from_numpy]
+FEATURE_TYPES = ["<f4", ">f4", "<f8", ">f8", "<f2"]
+
+
+def taken(features, labels):
+    """What each function on arrays makes of them."""
+    strengths = {"strengths": (1.0,)}
+    return {
+        "knn": knn.knn_accuracy(features, labels, features, labels, 2, k=3),
+        "linear": linear.linear_accuracy(features, labels, features, labels, 2, epochs=2).test_accuracy,
+        "logistic": logistic.logistic_regression(
+            features,
+            labels,
+            features,
+            labels,
+            features,
+            2,
+            lambda s, y: top1(s.argmax(axis=1), np.asarray(y)),
+            **strengths,
+        )
+        .scores.argmax(axis=1)
+        .tolist(),
+        "few_shot": few_shot(features, labels, (1,), 2, 2, 3)[1].accuracy,
+        "retrieval": retrieval(features, labels).metrics,
+        "cross_group": knn.cross_group_recall(features, labels, np.arange(N) % 3),
+        "index": NeighbourIndex(features).kneighbors(features[:5], 3)[1].flatten().tolist(),
+        "rank_me": rank_me(features),
+    }
+
+
+@pytest.mark.parametrize("kind", LABEL_TYPES)
+def test_labels_of_every_type_of_whole_numbers(kind):
+    labels = kind(LABELS) if callable(kind) else LABELS.astype(kind)
+    assert taken(features(), labels) == taken(features(), LABELS)
+
+
+@pytest.mark.parametrize("kind", [*FEATURE_TYPES, "read-only", "backwards", "strided"])
+def test_features_of_every_kind_of_memory(kind):
+    rows = features().astype(np.float16).astype(np.float32)  # which all types hold
+    expected, given = taken(rows, LABELS), rows.copy()
+    if kind == "backwards":
+        given = given[::-1].copy()[::-1]
+    elif kind == "strided":
+        given = np.repeat(given, 2, axis=1)[:, ::2]
+    elif kind == "read-only":
+        given.flags.writeable = False
+    else:
+        given = given.astype(kind)
+    found = taken(given, LABELS)
+    assert found == {name: pytest.approx(value, rel=1e-4) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("labels", [LABELS - 1, LABELS + 1, LABELS[:-1], LABELS.astype(float), LABELS[:, None]])
+@pytest.mark.parametrize("taker", ["linear", "linear, test", "logistic", "logistic, validation", "knn, test"])
+def test_labels_that_do_not_fit_are_refused(labels, taker):
+    rows, options = features(), {"strengths": (1.0,)}
+    if taker == "knn, test":  # which may have other classes
+        if labels.shape == (N,):
+            assert 0 <= knn.knn_accuracy(rows, LABELS, rows, labels, 2) <= 1
+            return
+        call = lambda: knn.knn_accuracy(rows, LABELS, rows, labels, 2)  # noqa: E731
+    else:
+        one, two = (labels, LABELS) if "," not in taker else (LABELS, labels)
+        call = {
+            "linear": lambda: linear.linear_accuracy(rows, one, rows, two, 2, epochs=1),
+            "logistic": lambda: logistic.logistic_regression(rows, one, rows, two, rows, 2, top1_of_scores, **options),
+        }[taker.partition(",")[0]]
+    with pytest.raises(
+        InputError, match=r"labels of (shape \(.*\) are not one for each of the 60 rows|2 classes must be)"
+    ):
+        call()

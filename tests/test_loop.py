@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnclr
-from nnclr import plots, report, training
+from nnclr import distributed, plots, report, training
 from nnclr.config import make_config
 from nnclr.data.loader import create_loader
 from nnclr.data.source import open_source
+from nnclr.errors import InputError
 from tests import reference
 
 CPU = torch.device("cpu")
@@ -33,6 +34,19 @@ class Smooth(nn.Module):
 
     def forward(self, images):
         return self.layers(images).mean(dim=(2, 3))
+
+
+def test_a_batch_of_one_image_a_process_is_refused(monkeypatch, pictures, tiny):
+    """Batch norms would have nothing to norm by; two are enough."""
+    monkeypatch.setattr(distributed, "agree", lambda values: None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    source, tiny = open_source(pictures), tiny | {"batch_size": 16}
+    del tiny["quiet"]
+    training.check_ranks(make_config("data", "out", **tiny), source)
+    with pytest.raises(
+        InputError, match="batch_size=8 cannot be divided among 8 processes; use a multiple of 8, at least 16"
+    ):
+        training.check_ranks(make_config("data", "out", **tiny | {"batch_size": 8}), source)
 
 
 def fresh_backbone():

@@ -9,6 +9,7 @@ import torch
 import nnclr
 from nnclr import findings, recorder
 from nnclr.errors import InputError
+from nnclr.neighbour_sheet import read_sheet
 from nnclr.objectives import SimCLR
 
 SETTINGS = {"backbone": "small-convnet", "image_size": 16, "batch_size": 32, "epochs": 1, "device": "cpu"}
@@ -123,6 +124,20 @@ class Looking(SimCLR):
         self.support_set.enqueue(out.embeddings[0].new_ones(len(out.ids), self.width), out.ids)
 
 
+class Nameless(Looking):
+    """It writes entries without ids."""
+
+    def update(self, out):
+        self.support_set.enqueue(out.embeddings[0])
+
+
+class OtherNumbers(Looking):
+    """Its ids are none of the images'."""
+
+    def update(self, out):
+        self.support_set.enqueue(out.embeddings[0], out.ids + 1000)
+
+
 class LookingElsewhere(Looking):
     """What it looks up are no embeddings of its projector."""
 
@@ -169,6 +184,10 @@ def test_neighbours_are_drawn_where_the_projector_leads_to_the_support_set(image
         return [path.name for path in (out / "neighbours").glob("*")]
 
     assert drawn(Looking) == ["step-00000002.png"]
+    assert drawn(Nameless) == drawn(OtherNumbers) == ["step-00000002.png"]
+    for kind in (Nameless, OtherNumbers):
+        (sheet,) = (tmp_path / kind.__name__ / "neighbours").iterdir()
+        assert all(not row.frames for row in read_sheet(sheet))  # whose pictures they are is not known
     assert drawn(LookingElsewhere) == drawn(OfPairs) == drawn(Twofold) == drawn(SimCLR) == []
 
 

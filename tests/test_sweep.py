@@ -148,6 +148,11 @@ def test_a_folder_with_something_else_is_no_place_for_a_sweep(spec, tmp_path, ca
         (("flip = [0.0]", "neighbour_k = [1, 2]"), "neighbour_k=2 needs"),
         (("flip = [0.0]", "batch_size = [16, 64]"), "batch_size=64 is larger than the data"),
         (("flip = [0.0]", 'backbone = ["small-convnet", "resnet5"]'), "no backbone is called 'resnet5'"),
+        (
+            ("temperature = [0.1, 0.5]", "temperature = [0.5, 0.5]"),
+            "two combinations .* the folder temperature-0.5-flip-0.0-seed0: values",
+        ),
+        (("flip = [0.0]", 'objective = ["nnclr", "a:b", "a-b"]'), "folder temperature-0.1-objective-a-b-seed0"),
     ],
 )
 def test_a_wrong_spec_is_refused_before_the_first_run(spec, tmp_path, change, words):

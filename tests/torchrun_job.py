@@ -13,7 +13,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import nnclr
@@ -35,6 +34,8 @@ class Net(nn.Module):
 
 def transformer():
     """Three blocks whose rows no three processes can share out evenly, and what is in none of them; dropout is off."""
+    from timm.models.vision_transformer import VisionTransformer  # seconds, which most of these jobs need not spend
+
     return VisionTransformer(img_size=16, patch_size=4, embed_dim=40, depth=3, num_heads=2, num_classes=0)
 
 

@@ -143,7 +143,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     num_workers: int | None = None
-    """Threads that decode images that are too large to stay on the device; 0 decodes in the main one."""
+    """Threads that decode images that are too large to stay on the device; 0 decodes each batch when it is due."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     checkpoint_every_steps: int = 500
@@ -397,7 +397,8 @@ def _toml(value: str | bool | int | float | tuple[str | float, ...]) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value.encode("utf-8", "backslashreplace").decode())
+        text = value.encode("utf-8", "backslashreplace").decode()
+        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON in ASCII has halves of characters
     return repr(value)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -26,7 +27,6 @@ _MEETING = timedelta(seconds=1800)  # that processes wait for each other at the 
 _GOODBYE = 10.0  # seconds that taking leave of the others may take
 
 _c10d: Any = dist  # which declares its stores in C++, unseen by type checkers
-
 _meetings: list[Any] = []  # the store of the job that this process is in
 
 M = TypeVar("M", bound=nn.Module)
@@ -415,8 +415,8 @@ def process_group(device: str) -> Iterator[None]:
     cuda = device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing else has to reach this machine
+    if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):  # nothing else has to reach this machine
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     met, number, size = next(iter(_c10d.rendezvous("env://", timeout=_MEETING)))
     own = _c10d.TCPStore(os.environ["MASTER_ADDR"], _port(met), is_master=False, timeout=_TIMEOUT)
     meeting = _meet(_c10d.PrefixStore("nnclr/meet", own), number, size)

@@ -437,6 +437,8 @@ def _facts_of(text: str | bytes) -> tuple[dict[str, Any], tuple[str, ...] | None
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
         raise ValueError(f"its facts are not those of format {FORMAT}")
     class_names = facts.pop("class_names", None)
+    if not isinstance(class_names, list | None):
+        raise ValueError("its class names are no list")
     return facts, None if class_names is None else tuple(printable(str(name).encode()) for name in class_names)
 
 

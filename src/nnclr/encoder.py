@@ -38,7 +38,7 @@ from nnclr.errors import InputError
 from nnclr.exact import exact_float32, repeatable_convolutions
 from nnclr.golden import compare, golden_image, sample, stored_golden, with_golden
 from nnclr.model_card import model_card, without_paths
-from nnclr.models.backbone import SMALL_IMAGE, create_backbone, feature_dim, timm_name
+from nnclr.models.backbone import SMALL_IMAGE, create_backbone, evaluation_mode, feature_dim, timm_name
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _LARGEST_SIDE = 2048  # pixels of an image that a config may ask for
@@ -172,10 +172,8 @@ class Encoder:
     @torch.no_grad()
     def features(self, views: Tensor) -> Tensor:
         """Features (n, d) float32 of normalised images (n, 3, s, s), in evaluation mode and float32."""
-        was_training = self.module.training
-        self.module.eval()
         with ExitStack() as stack:
-            stack.callback(self.module.train, was_training)
+            stack.enter_context(evaluation_mode(self.module))
             if self.device.type != "cpu":
                 stack.enter_context(exact_float32(self.device))
                 stack.enter_context(repeatable_convolutions())

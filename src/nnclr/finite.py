@@ -1,8 +1,10 @@
-"""Features that hold a NaN or an infinity, and labels that do not fit them, in words."""
+"""Features and labels as people hand them over: as tensors, and in words what is wrong with them."""
 
+import warnings
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nnclr.errors import InputError
@@ -41,10 +43,37 @@ def refuse_other_labels(labels: Any, rows: int, num_classes: int | None = None) 
         rows: of the features, at least 1.
         num_classes: they are whole numbers below it; None where anything may be a label.
     """
-    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    found = as_array(labels)
     if rows == 0 or found.shape != (rows,):
         raise InputError(f"labels of shape {found.shape} are not one for each of the {rows} rows of features")
     if num_classes is None:
         return
     if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num_classes:
         raise InputError(f"labels of {num_classes} classes must be whole numbers from 0 to {num_classes - 1}")
+
+
+def class_indices(labels: Any, rows: int, num_classes: int) -> Tensor:
+    """Labels (rows,) int64 on the CPU, of whatever whole numbers they were.
+
+    Raises:
+        InputError: as `refuse_other_labels`.
+    """
+    refuse_other_labels(labels, rows, num_classes)
+    return torch.from_numpy(as_array(labels).astype(np.int64))
+
+
+def as_rows(features: Any) -> Tensor:
+    """Features as a tensor: the same memory, which must not be written to, or a copy where torch cannot take it."""
+    if isinstance(features, Tensor):
+        return features
+    array = np.asarray(features)
+    if not array.dtype.isnative or min(array.strides, default=0) < 0:
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(array)
+
+
+def as_array(labels: Any) -> np.ndarray:
+    """Labels in whatever form as an array."""
+    return np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)

@@ -62,7 +62,7 @@ def draw_neighbours(
     if distributed.rank() != 0:  # they were needed for the look-up
         return
     rows = [
-        (query, [(i, s) for i, s in zip(ids, similarities, strict=True) if s > -np.inf])
+        (query, [(i, s) for i, s in zip(ids, similarities, strict=True) if s > -np.inf and 0 <= i < len(source)])
         for query, ids, similarities in zip(queries, found.ids.tolist(), found.similarities.tolist(), strict=True)
     ]
     sheet = _sheet(source, rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nnclr.checkpoint import write_atomically
-from nnclr.run_folder import read_lines
+from nnclr.findings import read_record
 
 MOST_POINTS = 400  # of a line on a page; what a run of 100,000 log lines needs is no more
 Points = Sequence[tuple[float, float]]
@@ -153,7 +153,8 @@ def draw_curves(run: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    metrics, evaluations = read_lines(run / "metrics.jsonl")[0], read_lines(run / "evaluations.jsonl")[0]
+    record = read_record(run)
+    metrics, knn = record.metrics, record.knn
     figure = Figure(figsize=(11, 6), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     _plot(panels[0], "loss", metrics, {"loss": "loss", "loss_chance": "chance level, log of the candidates"})
@@ -166,7 +167,6 @@ def draw_curves(run: Path) -> Path | None:
     _plot(panels[2], "neighbour similarity", metrics, {"neighbour_similarity": "cosine"})
     _plot(panels[3], "embedding health", metrics, {"embedding_std": "std (1 = healthy, 0 = collapsed)"})
     _plot(panels[4], "effective rank", metrics, {"rank_me": "RankMe of a batch"})
-    knn = [line for line in evaluations if line["protocol"] == "knn"]
     panels[5].plot([line["step"] for line in knn], [line["value"] for line in knn], marker="o")
     panels[5].set_title("kNN accuracy" if knn else "kNN accuracy (needs labels)")
     for panel in panels:
@@ -278,7 +278,7 @@ def _save(figure: Any, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _plot(panel: Any, title: str, metrics: list[dict[str, Any]], names: dict[str, str]) -> None:
+def _plot(panel: Any, title: str, metrics: list[dict[str, float]], names: dict[str, str]) -> None:
     for name, label in names.items():
         points = [(line["step"], line[name]) for line in metrics if name in line]
         if points:

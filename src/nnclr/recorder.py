@@ -36,7 +36,7 @@ _RESERVED = set(  # names in metrics.jsonl that are the loop's
 
 
 class Recorder:
-    """Everything the loop writes and prints; it reads the training state and never changes it.
+    """Everything the loop writes and prints; it reads the training state and changes nothing of it but the notes.
 
     With several ranks each calls every method, since figures are those of all ranks together; rank 0 alone writes.
 

@@ -18,6 +18,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -178,6 +179,12 @@ def check(spec: Spec, out: Path) -> None:
     Raises:
         InputError: for the first mistake, or if the images have no labels to measure with.
     """
+    slugs = Counter(_slug(cell) for cell in spec.cells())
+    if slugs.total() > len(slugs):
+        raise InputError(
+            f"two combinations of the grid would have the folder {slugs.most_common(1)[0][0]}-seed{spec.seeds[0]}: "
+            "values must differ in letters, digits, dots or underscores"
+        )
     source = open_source(spec.data)
     test = test_split(spec.data) if spec.test_data is None else open_source(spec.test_data)
     for images in (source, test):

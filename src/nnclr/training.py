@@ -327,12 +327,9 @@ def check_ranks(config: Config, source: Source) -> None:
     alike = dataclasses.replace(config, num_workers=0)  # which depends on the machine
     distributed.agree({"configuration": to_toml(alike), "set of images": source.fingerprint})
     ranks = distributed.world_size()
-    if config.batch_size % ranks:
-        raise distributed.told(
-            InputError(
-                f"batch_size={config.batch_size} cannot be divided among {ranks} processes; use a multiple of {ranks}"
-            )
-        )
+    if config.batch_size % ranks or config.batch_size == ranks > 1:  # batch norms need two images in each
+        words = f"batch_size={config.batch_size} cannot be divided among {ranks} processes; use a multiple of {ranks}"
+        raise distributed.told(InputError(f"{words}, at least {2 * ranks}"))
 
 
 def build(

@@ -113,6 +113,23 @@ def test_too_many_bad_images_stop_the_run():
         create_loader(with_bad(source, set(range(30))), plan, CPU, 0)
 
 
+@pytest.mark.timeout(30)
+def test_a_few_images_that_are_all_bad_stop_the_run():
+    """Ten may be left out, but there has to be another one to take the place of each."""
+    few = array_source(pictures(9), None)
+    for make in (
+        lambda source: create_loader(source, make_plan(9), CPU, 0),
+        lambda source: StreamLoader(source, make_plan(9), CPU, 2),
+    ):
+        with pytest.raises(
+            DataError, match=r"none of the 9 images of array can be read.*array#\d \(truncated"
+        ) as caught:
+            list(make(with_bad(few, set(range(9)))).batches(0, 2))
+        assert len(caught.value.bad) == 9
+        (batch,) = make(with_bad(few, set(range(8)))).batches(0, 1)
+        assert batch.ids.tolist() == [8] * 8
+
+
 def test_sizes_that_differ_are_streamed(tmp_path):
     for i in range(12):
         Image.fromarray(pictures(1, 18 + i % 2)[0]).save(tmp_path / f"{i}.png")

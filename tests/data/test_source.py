@@ -172,6 +172,19 @@ def test_arrays_of_every_shape():
     assert source.fingerprint != open_source(images).fingerprint
 
 
+def test_numbers_that_are_no_class_indices_are_numbered_anew():
+    """Numbers of products would make more classes than there are images; few unused numbers cost nothing."""
+    images = np.zeros((4, 2, 2, 3), np.uint8)
+    source = open_source((images, np.array([900_000, 3, 3, 1200], np.uint32)))
+    assert (source.labels.tolist(), source.labels.dtype) == ([2, 0, 0, 1], np.int64)
+    assert source.class_names == ("3", "1200", "900000")
+    source = open_source((images, [999, 3, 3, 5]))
+    assert source.labels.tolist() == [999, 3, 3, 5]
+    assert len(source.class_names) == 1000
+    many = open_source((np.zeros((1201, 1, 1, 3), np.uint8), np.arange(1201)[::-1]))  # as many classes as images
+    assert many.labels.tolist() == list(range(1201))[::-1]
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import nnclr
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
 from nnclr.evaluation.result import Result, append, wilson_interval
+from nnclr.models.backbone import feature_dim
 from nnclr.pretrained import pixel_encoder
 
 
@@ -41,6 +43,30 @@ def test_twice_gives_the_same_and_leaves_the_module_as_it_was(pictures, protocol
     assert values[0] == values[1]
     assert encoder.module.training
     assert encoder.fingerprint == before  # no statistic was updated
+
+
+class Noting(nn.Sequential):
+    """Does something of its own when it is put into a mode."""
+
+    def train(self, mode=True):
+        self.told = mode
+        return super().train(mode)
+
+
+def test_frozen_layers_stay_frozen(pictures):
+    module = Noting(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    module[1][0].eval()  # frozen while the others train
+    module[1].training = False  # which says nothing about the layers inside
+    module[2].eval()
+    before = {name: layer.training for name, layer in module.named_modules()}
+    assert before[""]
+    assert not before["1.0"]
+    encoder = Encoder(module, 16)
+    encoder.embed(pictures[0][:4])
+    assert feature_dim(module, 16) == 4
+    nnclr.evaluate(encoder, pictures, protocol="knn")
+    assert {name: layer.training for name, layer in module.named_modules()} == before
+    assert module.told
 
 
 def test_features_do_not_depend_on_batch_or_mode(pictures):
@@ -125,7 +151,7 @@ def test_wilson_interval():
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
-def test_records_are_lines(tmp_path):
+def test_records_are_lines(tmp_path, monkeypatch):
     where = ("d", "t", "f", "g", 1, 2)
     record = Result("m", 0.5, "knn", {}, *where, "e", "name", {}, None, 0, 0.1, {}, (0.4, 0.6), "Wilson")
     assert record.in_words() == "name: knn m 50.0 % (40.0 to 60.0)"
@@ -134,3 +160,7 @@ def test_records_are_lines(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert len(lines) == 3
     assert lines[0]["interval"] == [0.4, 0.6]
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, content: write(file, content[:10]))  # a disk with that much room
+    with pytest.raises(OSError, match="No space left on device"):
+        append(record, tmp_path / "evaluations.jsonl")

@@ -199,6 +199,9 @@ def test_a_name_that_several_images_have_is_refused():
         listed_rows(source, ["0.png"])
     with pytest.raises(InputError, match=r"1 of 1 listed images are not among the 4 .* first c/own.png"):
         listed_rows(source, ["c/own.png"])
+    alike = dataclasses.replace(source, title=lambda i: "0.png")  # as names in a table may be
+    with pytest.raises(InputError, match=r"'0.png' is the name of several images of array; .* a name of its own"):
+        listed_rows(alike, ["0.png"])
 
 
 TITLES = ("a/0.png", "a/1.png", "b/0.png", "b/own.png")

@@ -132,6 +132,15 @@ def test_what_cannot_vote_is_refused(change, words):
         knn_predict(**given | change)
 
 
+@pytest.mark.parametrize("most", [1, 20, 10**6])
+def test_votes_are_counted_for_a_few_queries_at_a_time(clusters, monkeypatch, most):
+    train, train_labels, test, _ = clusters
+    whole = knn_predict(train, train_labels, test, 7)
+    monkeypatch.setattr(knn, "_VOTES", most)
+    assert knn_predict(train, train_labels, test, 7).tolist() == whole.tolist()
+    assert knn_predict(train, train_labels, test[:0], 7).tolist() == []
+
+
 def test_more_voters_than_rows():
     assert knn_predict(np.eye(3), [0, 1, 2], np.eye(3), 3, k=20).tolist() == [0, 1, 2]
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,6 +6,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import nnclr
+from nnclr.data.decode import BadImage
+from nnclr.data.images import array_source
 from nnclr.errors import InputError
 from nnclr.evaluation import label_curve
 from nnclr.evaluation.finetune import first_of_each
@@ -65,3 +68,16 @@ def test_words():
 def test_too_few_images_are_one_sentence(pictures):
     with pytest.raises(InputError, match="the smallest class of array has 30 images, fewer than 31 labels a class"):
         nnclr.evaluate(random_encoder("small-convnet", 16), pictures, pictures, protocol="label-curve", budgets=(31,))
+
+
+def test_images_that_cannot_be_read_are_not_counted(pictures):
+    images = array_source(*pictures)
+
+    def fetch(i):
+        if i == 3:
+            raise BadImage("truncated", "cut off")
+        return images.read(i)
+
+    scored = dataclasses.replace(images, fetch=fetch, fingerprint="other")
+    options = {"protocol": "label-curve", "budgets": (2,), "repeats": 1, "from_scratch": False}
+    assert nnclr.evaluate(random_encoder("small-convnet", 16), images, scored, **options).n_test == len(images) - 1

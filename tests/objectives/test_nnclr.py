@@ -322,6 +322,21 @@ def test_metrics_against_values_made_by_hand():
     assert "distinct_neighbours" not in without.metrics
 
 
+def test_entries_without_ids_are_not_told_apart():
+    """Each query finds another one; by their ids, which are all unknown, they would be one and the same hub."""
+    made = objective()
+    made.projector = nn.Identity()
+    basis = torch.eye(DIM)[:4]
+    for ids, distinct in ((torch.arange(4), 1.0), (None, None)):
+        made.support_set.enqueue(basis, ids)
+        made.support_set.enqueue(-basis.repeat(SIZE // 4, 1)[: SIZE - 4], torch.arange(SIZE - 4))
+        metrics = made([basis, basis], ids=torch.arange(4)).metrics
+        assert metrics["neighbour_similarity"] == 1
+        assert metrics["distinct_neighbours"].item() == distinct or (
+            distinct is None and metrics["distinct_neighbours"].isnan()
+        )
+
+
 def test_neighbour_metrics_are_nan_while_the_support_set_is_empty():
     out = objective()([torch.randn(BATCH, DIM), torch.randn(BATCH, DIM)], ids=torch.arange(BATCH))
     unknown = {name for name, value in out.metrics.items() if value.isnan()}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and to look at images does w
     import torch
 
 MOST_CLASS = 1 << 20  # a larger number as a label is a name, or an error
+_FEW_CLASSES = 1000  # up to which numbers without an image cost nothing
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,19 @@ def checked_labels(
     if checked.max() >= MOST_CLASS:
         raise InputError(f"labels go up to {checked.max()}, and classes end at {MOST_CLASS - 1}: number them from 0")
     checked = checked.astype(np.int64)
-    return checked, tuple(class_names or (str(i) for i in range(int(checked.max()) + 1)))
+    return (checked, tuple(class_names)) if class_names else classes_of_numbers(checked)
+
+
+def classes_of_numbers(numbers: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class indices (n,) int64 and the names of the classes of whole numbers from 0, which are the indices.
+
+    Numbers of another kind, such as those of products or people, would make more classes than there are images, and
+    what counts by class would need memory for all: they are numbered anew.
+    """
+    if numbers.max() < max(len(numbers), _FEW_CLASSES):
+        return numbers, tuple(map(str, range(int(numbers.max()) + 1)))
+    values, indices = np.unique(numbers, return_inverse=True)
+    return indices.astype(np.int64), tuple(map(str, values.tolist()))
 
 
 def is_tensor(data: object) -> TypeGuard[torch.Tensor]:

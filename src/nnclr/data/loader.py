@@ -34,7 +34,7 @@ from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
 from nnclr.errors import DataError
 
-MOST_BAD = 0.001  # share of unreadable images above which a run stops, but never for 10 or fewer
+MOST_BAD = 0.001  # share of unreadable images above which a run stops, but not for 10 or fewer unless they are all
 _RESIDENT_BYTES = {"cpu": 4 << 30, "cuda": 20 << 30}
 _RESIDENT_PIXELS_CPU = 128  # above this side a resize in threads is faster than a batched product
 _REDUCTIONS = (1, 2, 4, 8)  # of the sides, that JPEG decoding offers
@@ -156,9 +156,7 @@ def load_resident(source: Source, device: torch.device, num_workers: int) -> tup
         read = (pool.wait_for(pool.submit(_read, source, i, bad)) for i in range(len(source)))
         first = next((image for image in read if image is not None), None)
     if first is None:
-        raise DataError(
-            f"none of the {len(source)} images of {source.name} can be read: {next(iter(bad.values()))}", bad
-        )
+        raise _none_left(bad, source)
     too_large = len(source) * first.nbytes > _RESIDENT_BYTES[device.type]
     if too_large or (device.type == "cpu" and max(first.shape[:2]) > _RESIDENT_PIXELS_CPU):
         return None, {}
@@ -182,9 +180,11 @@ def check_bad(bad: dict[int, str], source: Source) -> None:
     """Stop a run whose data is going bad.
 
     Raises:
-        DataError: above max(10, 0.1 %) unreadable images.
+        DataError: above max(10, 0.1 %) unreadable images, or if none is left.
     """
     limit = most_bad(len(source))
+    if bad and len(bad) == len(source):
+        raise _none_left(bad, source)
     if len(bad) > limit:
         where, why = next(iter(bad.items()))
         raise DataError(
@@ -193,6 +193,12 @@ def check_bad(bad: dict[int, str], source: Source) -> None:
             "nnclr data check lists",
             bad,
         )
+
+
+def _none_left(bad: dict[int, str], source: Source) -> DataError:
+    where, why = next(iter(bad.items()))
+    first = f"the first is {source.describe(where)} ({why})"
+    return DataError(f"none of the {len(source)} images of {source.name} can be read; {first}", bad)
 
 
 def _read(

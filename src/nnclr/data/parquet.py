@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnclr.data.decode import BadImage, decode
-from nnclr.data.images import MOST_CLASS, Source, safe
+from nnclr.data.images import MOST_CLASS, Source, classes_of_numbers, safe
 from nnclr.data.storage import File, files, listed
 from nnclr.errors import InputError, first_line
 
@@ -264,7 +264,7 @@ def number_labels(
     """Class indices (n,) of an Arrow column, and the names of the classes.
 
     Neither where the classes have names and a row says -1, as hidden test labels of Hugging Face data sets do. Whole
-    numbers from 0 stay as they are, anything else is numbered in sorted order.
+    numbers from 0 stay as they are (but see `classes_of_numbers`), anything else is numbered in sorted order.
 
     Raises:
         InputError: if a row has none.
@@ -278,7 +278,7 @@ def number_labels(
         if class_names is not None and labels.min(initial=0) == -1:
             return None, None
         if labels.min() >= 0 and labels.max() < (MOST_CLASS if class_names is None else len(class_names)):
-            return labels, class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
+            return (labels, class_names) if class_names else classes_of_numbers(labels)
     texts = [safe(value) for value in column.to_pylist()]
     classes = sorted(set(texts))
     number = {text: i for i, text in enumerate(classes)}

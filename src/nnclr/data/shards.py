@@ -27,7 +27,7 @@ import numpy as np
 
 from nnclr.data.array_file import UNREADABLE
 from nnclr.data.decode import MAX_BYTES, BadImage, decode
-from nnclr.data.images import MOST_CLASS, Source, printable, safe, shown
+from nnclr.data.images import MOST_CLASS, Source, classes_of_numbers, printable, safe, shown
 from nnclr.data.storage import (
     File,
     NoSuchFileError,
@@ -169,7 +169,7 @@ def _labels(shards: list[Shard]) -> tuple[np.ndarray | None, tuple[str, ...] | N
     except (ValueError, OverflowError):
         numbers = np.array([-1])
     if numbers.min() >= 0 and numbers.max() < (MOST_CLASS if known is None else len(known)):
-        return numbers, tuple(str(i) for i in range(int(numbers.max()) + 1)) if known is None else known
+        return classes_of_numbers(numbers) if known is None else (numbers, known)
     classes, labels = np.unique(np.concatenate(texts), return_inverse=True)
     return labels.astype(np.int64), tuple(printable(name) for name in classes)
 

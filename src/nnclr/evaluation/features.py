@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nnclr import distributed
+from nnclr.data.array_file import UNREADABLE
 from nnclr.data.images import Source
 from nnclr.encoder import Encoder
 from nnclr.evaluation.result import versions
@@ -69,7 +70,7 @@ def _cached(known: Path) -> np.ndarray | None:
         features: np.ndarray = np.load(known, mmap_mode="c")
         os.utime(known)
         return features
-    except (OSError, ValueError):  # not there, cut off by a full disk, or removed meanwhile
+    except UNREADABLE:  # not there, cut off by a full disk, or removed meanwhile
         return None
 
 

@@ -255,13 +255,15 @@ def listed_rows(source: Source, names: Sequence[str]) -> np.ndarray:
     """Sorted rows of the images that are listed by path, or by file name alone where no two images share it.
 
     Raises:
-        InputError: if some are not there, or a name without folders is that of several images.
+        InputError: if some are not there, or a name is that of several images.
     """
-    paths = {source.describe(i): i for i in range(len(source))}
+    paths: dict[str, list[int]] = {}
     files: dict[str, list[int]] = {}
-    for path, i in paths.items():
+    for i in range(len(source)):
+        path = source.describe(i)
+        paths.setdefault(path, []).append(i)
         files.setdefault(os.path.basename(path), []).append(i)
-    found = {name: [paths[name]] if name in paths else files.get(name, []) for name in names}
+    found = {name: paths.get(name) or files.get(name, []) for name in names}
     missing = [name for name, rows in found.items() if not rows]
     if missing:
         raise InputError(
@@ -270,5 +272,8 @@ def listed_rows(source: Source, names: Sequence[str]) -> np.ndarray:
         )
     several = [name for name, rows in found.items() if len(rows) > 1]
     if several:
-        raise InputError(f"'{several[0]}' is the name of several images of {source.name}; list them with their folders")
+        raise InputError(
+            f"'{several[0]}' is the name of several images of {source.name}; list them with their folders, or "
+            "give each a name of its own"
+        )
     return np.unique([rows[0] for rows in found.values()])

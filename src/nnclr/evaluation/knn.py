@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnclr.errors import InputError
+from nnclr.evaluation.metrics import top1
 from nnclr.exact import exact_float32
-from nnclr.finite import refuse_not_finite, refuse_other_labels
+from nnclr.finite import as_array, as_rows, class_indices, refuse_not_finite, refuse_other_labels
 from nnclr.kernels.lookup import bfloat16_is_native, least_maximum
 
 _BLOCK = 4096  # rows of test and of train that are compared at a time: 64 MiB of similarities
 _WIDE, _QUERIES = 16, 128  # bfloat16 products: blocks of train rows, and queries, at a time, 16 MiB of similarities
 _GROUP, _LEAST = 16, 64  # rows in a group; groups from which on they pay
+_VOTES = 1 << 22  # of queries for classes that are counted at a time, 32 MiB
 _MOST = 0.25  # share of the groups with candidates above which comparing all is faster
 
 
@@ -124,9 +126,12 @@ def vote(similarities: Tensor, indices: Tensor, labels: Tensor, num_classes: int
     similarities, indices = similarities[:, :k], indices[:, :k]
     # Relative to the best one: exp(1 / 0.07) times k is near what float32 can add up exactly.
     weights = ((similarities - similarities[:, :1]).double() / temperature).exp()
-    votes = torch.zeros(len(indices), num_classes, dtype=torch.float64, device=labels.device)
-    votes.scatter_add_(1, labels[indices], weights)
-    return votes.argmax(dim=1)
+    predictions = []
+    rows = max(1, _VOTES // num_classes)
+    for some, weight in zip(indices.split(rows), weights.split(rows), strict=True):
+        votes = torch.zeros(len(some), num_classes, dtype=torch.float64, device=labels.device)
+        predictions.append(votes.scatter_add_(1, labels[some], weight).argmax(dim=1))
+    return torch.cat(predictions)
 
 
 def knn_predict(
@@ -155,13 +160,12 @@ def knn_predict(
     Raises:
         InputError: if a feature is not finite, k or the temperature is not above 0, or labels do not fit.
     """
-    train, test = torch.as_tensor(train_features), torch.as_tensor(test_features)
+    train, test = as_rows(train_features), as_rows(test_features)
     if k < 1 or temperature <= 0:
         raise InputError(f"k={k} and temperature={temperature} must be above 0")
-    refuse_other_labels(train_labels, len(train), num_classes)
+    labels = class_indices(train_labels, len(train), num_classes).to(train.device)
     for name, features in (("training", train), ("test", test)):
         refuse_not_finite(features, f"the {name} features")
-    labels = torch.as_tensor(train_labels).to(train.device)
     similarities, indices = nearest_rows(train, test, min(k, len(train)), block)
     return vote(similarities, indices, labels, num_classes, k, temperature)
 
@@ -176,8 +180,9 @@ def knn_accuracy(
     temperature: float = 0.07,
 ) -> float:
     """Top-1 accuracy in [0, 1] of `knn_predict`."""
+    refuse_other_labels(test_labels, len(test_features))
     predicted = knn_predict(train_features, train_labels, test_features, num_classes, k, temperature)
-    return float((predicted == torch.as_tensor(test_labels).to(predicted.device)).double().mean())
+    return top1(predicted.cpu().numpy(), as_array(test_labels))
 
 
 def without_itself(similarities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +205,7 @@ def cross_group_recall(features: Any, labels: Any, groups: Any, block: int = 102
         groups: (n,) whole numbers or texts.
         block: queries at a time; memory is O(block * n).
     """
-    vectors = F.normalize(torch.as_tensor(features).float(), dim=1)
+    vectors = F.normalize(as_rows(features).float(), dim=1)
     label = torch.from_numpy(np.unique(np.asarray(labels), return_inverse=True)[1].reshape(-1))
     group = torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1))
     hits = asked = 0

@@ -87,7 +87,7 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
         source,
         scored,
         used[-1] * len(np.unique(source.labels)),
-        len(scored),
+        len(task.features(scored)[0]),
         {"curve": curve, "in_words": in_words(curve, 1 / len(np.unique(source.labels)))},
     )
 

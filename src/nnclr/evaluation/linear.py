@@ -15,7 +15,7 @@ from nnclr.errors import InputError
 from nnclr.evaluation.metrics import mean_per_class, top1
 from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, crop_and_flip, renormalised
-from nnclr.finite import refuse_not_finite
+from nnclr.finite import as_rows, class_indices, refuse_not_finite
 
 LEARNING_RATES = tuple(10.0**e for e in np.arange(-2.5, 1.01, 0.5).tolist())
 _BLOCK = 2048  # rows that are standardised or scored at a time
@@ -99,11 +99,13 @@ def linear_accuracy(
         seed: of the split and the order.
 
     Raises:
-        InputError: if a feature is not finite.
+        InputError: if a feature is not finite, or labels do not fit.
     """
-    for name, features in (("training", train_features), ("test", test_features)):
+    train, test = as_rows(train_features), as_rows(test_features)
+    labels = class_indices(train_labels, len(train), num_classes)
+    test_labels = class_indices(test_labels, len(test), num_classes).numpy()
+    for name, features in (("training", train), ("test", test)):
         refuse_not_finite(features, f"the {name} features")
-    train, labels = torch.as_tensor(train_features), torch.as_tensor(train_labels)
     scale = standardisation(train)
     held_out = torch.from_numpy(balanced_share(labels.numpy(), validation_fraction, seed))
     rows, held_rows = torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
@@ -111,12 +113,12 @@ def linear_accuracy(
     accuracies = _accuracies(_predictions(weights, train, scale, held_rows), labels[held_rows])
     best = int(accuracies.argmax())
     final = _fit(train, labels, num_classes, (learning_rates[best],), epochs, batch_size, seed, None, scale)
-    predicted = _predictions(final, torch.as_tensor(test_features), scale)[:, 0].numpy()
+    predicted = _predictions(final, test, scale)[:, 0].numpy()
     protocol = {
         **_described("none", epochs, batch_size, learning_rates),
         **_choice(learning_rates, accuracies, validation_fraction),
     }
-    return _outcome(predicted, np.asarray(test_labels), float(accuracies[best]), learning_rates[best], protocol)
+    return _outcome(predicted, test_labels, float(accuracies[best]), learning_rates[best], protocol)
 
 
 def _outcome(

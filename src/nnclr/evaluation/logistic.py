@@ -3,7 +3,6 @@
 The protocol of Kornblith et al. (2019), "Do Better ImageNet Models Transfer Better?", as in SimCLR, BYOL and NNCLR.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnclr.errors import InputError
-from nnclr.finite import refuse_not_finite
+from nnclr.finite import as_rows, class_indices, refuse_not_finite
 
 STRENGTHS: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())  # lambda of the L2 penalty
 _TOLERANCE = 1e-13  # of the objective, relative: probabilities are then within 1e-4 of the optimum's, mostly 1e-6
@@ -71,10 +70,10 @@ def logistic_regression(
         progress: called after each strength with the number done and the number of all.
 
     Raises:
-        InputError: if a feature is not finite.
+        InputError: if a feature is not finite, or labels do not fit.
     """
-    fitted, chosen = _part(train, train_targets), _part(val, val_targets)
-    for name, features in (("validation", chosen[0]), ("test", _tensor(test))):  # now, not after hours
+    fitted, chosen = _part(train, train_targets, num_classes), _part(val, val_targets, num_classes)
+    for name, features in (("validation", chosen[0]), ("test", as_rows(test))):  # now, not after hours
         _column_sums(features, name, _BLOCK)
     weights: Tensor | None = None
     best_weights: Tensor | None = None
@@ -145,16 +144,16 @@ def fit_logistic(
         (d + 1, c) float64 weights on device; the last row is the intercept.
 
     Raises:
-        InputError: if a feature is not finite.
+        InputError: if a feature is not finite, or labels do not fit.
     """
-    rows = _Rows([_part(features, targets)], device, block)
+    rows = _Rows([_part(features, targets, num_classes)], device, block)
     return _fit(rows, num_classes, strength, start, tolerance, max_iterations)[0]
 
 
 @torch.no_grad()
 def logistic_scores(weights: Tensor, features: Any, block: int = _BLOCK) -> Tensor:
     """Logits (n, c) float64 of features (n, d) under weights (d + 1, c), on the device of the weights."""
-    return torch.cat([rows.to(weights) @ weights[:-1] + weights[-1] for rows in _tensor(features).split(block)])
+    return torch.cat([rows.to(weights) @ weights[:-1] + weights[-1] for rows in as_rows(features).split(block)])
 
 
 class _Rows:
@@ -339,15 +338,17 @@ def _search(objective: _Objective, weights: Tensor, scale: float, tolerance: flo
     return int(optimizer.state[weights]["n_iter"])
 
 
-def _part(features: Any, targets: Any) -> Part:
-    return _tensor(features), torch.as_tensor(targets)
-
-
-def _tensor(features: Any) -> Tensor:
-    """The same memory as a tensor: nothing here writes to it, so a read-only map needs no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.as_tensor(features)
+def _part(features: Any, targets: Any, num_classes: int) -> Part:
+    rows = as_rows(features)
+    if np.ndim(targets) == 1:
+        return rows, class_indices(targets, len(rows), num_classes)
+    many = as_rows(targets)
+    if many.shape != (len(rows), num_classes):
+        raise InputError(
+            f"labels of shape {tuple(many.shape)} are not one for each of the {len(rows)} rows of features, nor one "
+            f"for each row and each of the {num_classes} classes"
+        )
+    return rows, many
 
 
 def _column_sums(features: Tensor, name: str, block: int) -> Tensor:

@@ -1,5 +1,6 @@
 """One record for every number: what was measured, how exactly, and on what."""
 
+import errno
 import json
 import math
 import os
@@ -114,10 +115,16 @@ def _plain(value: object) -> str:
 
 
 def append(result: Result, path: Path) -> None:
-    """Add a line to a file; one write, so that lines of two processes do not mix."""
+    """Add a line to a file; one write, so that lines of two processes do not mix.
+
+    Raises:
+        OSError: if it cannot be written whole, such as on a disk that is full.
+    """
+    line = (result.to_json() + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, (result.to_json() + "\n").encode())
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

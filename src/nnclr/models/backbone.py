@@ -1,6 +1,8 @@
 """Backbones: any timm or torchvision architecture by name, one small network, or a module of your own."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,21 +112,30 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
     """
     parameter = next(backbone.parameters(), torch.zeros(()))
     images = torch.zeros(1, 3, image_size, image_size, device=parameter.device)
-    was_training = backbone.training
-    backbone.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(backbone), torch.no_grad():
             features = backbone(images)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"the backbone cannot take {image_size} x {image_size} images: {first_line(error)}") from error
-    finally:
-        backbone.train(was_training)
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise InputError(
             "the backbone must return one feature vector an image, shape (n, d); "
             f"it returned {getattr(features, 'shape', type(features).__name__)}"
         )
     return features.shape[1]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every layer as for evaluation, and then each as it was: some may be frozen while others train."""
+    before = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(before[0][1])  # what a module of one's own does beside it
+        for layer, training in before:
+            layer.training = training
 
 
 def _timm(name: str, image_size: int, any_size: bool) -> nn.Module:

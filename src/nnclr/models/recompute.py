@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nnclr.errors import InputError
+from nnclr.models.backbone import evaluation_mode
 from nnclr.models.blocks import repeated_blocks
 
 
@@ -140,14 +141,9 @@ def check_recompute(backbone: nn.Module, size: int) -> None:
     Raises:
         InputError: if the backbone has no repeated blocks, or one of them changes its input in place.
     """
-    parameter, was_training = next(backbone.parameters()), backbone.training
-    wrapped = InBlocks(backbone)
-    backbone.eval()
-    try:
-        with torch.enable_grad():
-            wrapped(torch.zeros(1, 3, size, size, device=parameter.device))
-    finally:
-        backbone.train(was_training)
+    parameter, wrapped = next(backbone.parameters()), InBlocks(backbone)
+    with evaluation_mode(backbone), torch.enable_grad():
+        wrapped(torch.zeros(1, 3, size, size, device=parameter.device))
 
 
 def in_little_memory(backbone: nn.Module, images: int | None, recompute: bool) -> nn.Module:

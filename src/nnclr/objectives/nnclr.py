@@ -259,11 +259,12 @@ def positives(neighbours: Neighbours, z_ND: Tensor) -> Tensor:
 
 
 def neighbour_metrics(nn1: Neighbours, nn2: Neighbours, ids: Tensor | None) -> dict[str, Tensor]:
-    """Health of one look-up, as 0-d float tensors; NaN while the support set is empty.
+    """Health of one look-up, as 0-d float tensors; NaN while the support set is empty, or where it cannot be told.
 
     `neighbour_similarity` (mean cosine), `neighbour_age` (mean, in steps), and with ids also `own_id_share`
     (neighbours that are an older embedding of the image itself) and `distinct_neighbours` (different
-    entries among a view's neighbours, over the batch of all ranks: few mean hubs).
+    entries among a view's neighbours, over the batch of all ranks: few mean hubs). Where both views are enqueued, the
+    two of an image count as one entry, and entries without an id cannot be told apart.
     """
     found = nn1.similarities.isfinite() & nn2.similarities.isfinite()
 
@@ -279,7 +280,8 @@ def neighbour_metrics(nn1: Neighbours, nn2: Neighbours, ids: Tensor | None) -> d
         own = torch.where(ids == NO_ID, NO_ID - 1, ids)[:, None]  # an unknown image is not its own neighbour
         metrics["own_id_share"] = mean(nn1.ids == own, nn2.ids == own)
         distinct = 0.5 * (_distinct(nn1) + _distinct(nn2))
-        metrics["distinct_neighbours"] = torch.where(found.any(), distinct, torch.nan)
+        known = (nn1.ids != NO_ID).all() & (nn2.ids != NO_ID).all()
+        metrics["distinct_neighbours"] = torch.where(found.any() & known, distinct, torch.nan)
     return metrics
 
 
