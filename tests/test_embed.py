@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nnclr import embed, embeddings
+from nnclr import embed, embeddings, progress
 from nnclr.checkpoint import lock
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
@@ -472,7 +472,7 @@ def test_a_full_disk(tmp_path, encoder, photos, monkeypatch):
 
 
 def test_progress_names_rate_and_time_left(tmp_path, encoder, photos, monkeypatch):
-    monkeypatch.setattr(embed, "_EVERY", -1.0)
+    monkeypatch.setattr(progress, "_EVERY", -1.0)
     said = go(encoder, photos, tmp_path / "e.parquet")
     assert sum("of 60 images" in line and "img/s" in line and line.endswith("left") for line in said) == 8
 

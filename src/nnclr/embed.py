@@ -11,7 +11,6 @@ import io
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,11 +33,10 @@ from nnclr.errors import DataError, InputError, NNCLRError, NonFiniteError, Stop
 from nnclr.evaluation.result import versions
 from nnclr.interrupt import StopRequest
 from nnclr.models.backbone import feature_dim
-from nnclr.progress import duration
+from nnclr.progress import Lines
 
 _PART_ROWS = 2048  # at least; what a kill can cost
 _FEW = 100  # unreadable images of a part that never mean that the folder is gone
-_EVERY = 10.0  # seconds between two lines of progress
 _NAMES_ONLY = ("encoder", "data", "data_name")  # facts that say where things lie, not what they are
 
 
@@ -350,8 +348,8 @@ def _compute_missing(
     before = n - sum(len(rows) for rows in missing)
     if before:
         say(f"embedding {name}: {before} of {n} images are there from before")
-    began = said = time.perf_counter()
-    done = 0
+    lines = Lines(f"embedding {name}", n, before, say)
+    done = before
     with Threads(threads_for(embedder.num_workers)) as pool:
         for rows in missing:
             vectors, skipped = [], []
@@ -359,12 +357,7 @@ def _compute_missing(
                 vectors.append(batch)
                 skipped += bad
                 done += len(batch) + len(bad)
-                now = time.perf_counter()
-                if now - said > _EVERY and before + done < n:
-                    rate = done / (now - began)
-                    left = duration((n - before - done) / rate)
-                    say(f"embedding {name}: {before + done} of {n} images, {rate:.0f} img/s, {left} left")
-                    said = now
+                lines.at(done)
                 if stop.asked and sum(map(len, vectors)) + len(skipped) < len(rows):
                     break
             else:

@@ -94,11 +94,11 @@ def line_drawing(lines: Sequence[Line], description: str, stacked: bool = False)
 _METADATA = ("Date", "Creator", "Format", "Type")
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+def thinned(points: Points) -> Points:
     """Fewer points that look the same: of each stretch the lowest and the highest, and both ends."""
-    if len(points) <= most:
+    if len(points) <= MOST_POINTS:
         return points
-    count = most // 2 - 1
+    count = MOST_POINTS // 2 - 1
     kept = {0, len(points) - 1}
     for number in range(count):
         stretch = range(number * len(points) // count, (number + 1) * len(points) // count)

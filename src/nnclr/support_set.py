@@ -20,6 +20,7 @@ from nnclr.sharded_support_set import Found, best_first
 NO_ID = -1  # an entry whose image is unknown, and the id of a neighbour that does not exist
 _LARGE = 2048  # slots from which the look-up by bfloat16 and float32 pays
 _PAIRS = 2**32  # of a query and a slot that are compared at a time: 256 MiB of maxima
+_SENT = 65_536  # rows that ranks exchange at a time when the set is put together
 _NARROW = 32  # rows from which matrix products compute an element in the same way wherever it stands
 _ROWS = ("vectors", "ids", "born")
 _COUNTS = ("enqueued", "updates", "refused")
@@ -370,7 +371,7 @@ class SupportSet(nn.Module):
         own[slots >= 0] = saved[slots[slots >= 0]]
         return own
 
-    def whole_state(self, block: int = 65_536) -> dict[str, Tensor]:
+    def whole_state(self) -> dict[str, Tensor]:
         """The state of the whole set on the CPU of rank 0, and nothing elsewhere; with `shard` all ranks call it.
 
         It loads into sets on any number of ranks, with `shard` or without. Other ranks hold a block of rows beside
@@ -382,8 +383,8 @@ class SupportSet(nn.Module):
         for name in _ROWS:
             own = getattr(self, name)
             parts = []
-            for start in range(0, self._rows, block):
-                rows = gather(own[start : start + block][None])  # (W, block, ...): slot by slot in the other order
+            for start in range(0, self._rows, _SENT):
+                rows = gather(own[start : start + _SENT][None])  # (W, block, ...): slot by slot in the other order
                 if self._rank == 0:
                     parts.append(rows.transpose(0, 1).flatten(0, 1).cpu())
             if self._rank == 0:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from nnclr import progress
 from nnclr.data.images import array_source
 from nnclr.data.source import open_source
 from nnclr.encoder import Encoder
@@ -137,7 +138,7 @@ def test_cache_is_kept_below_its_limit(pictures, monkeypatch):
 
 
 def test_progress_is_shown_on_long_work(pictures, monkeypatch):
-    monkeypatch.setattr(features, "_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
     source, said = array_source(np.repeat(pictures[0], 5, 0), None), []
     embedded(random_encoder("small-convnet", 16), source, 0, said.append)
     assert said

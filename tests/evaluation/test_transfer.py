@@ -106,7 +106,7 @@ def test_images_are_cut_by_the_shorter_side(root, monkeypatch):
 
 
 def test_fine_tuning_runs_the_same_sets(root, monkeypatch):
-    monkeypatch.setattr(module, "FINETUNE_RATES", (0.1,))
+    monkeypatch.setattr(module, "LEARNING_RATES", (0.1,))
     options = {"protocol": "transfer", "by": "finetune", "sets": ("cifar100", "voc2007", "pets"), "epochs": 12}
     result = nnclr.evaluate("random:small-convnet?size=24", root, **options)
     rows = {row["set"]: row for row in result.details["sets"]}

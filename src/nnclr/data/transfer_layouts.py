@@ -17,7 +17,7 @@ import numpy as np
 
 from nnclr.data.decode import decode, read_file
 from nnclr.data.folder import folder_source
-from nnclr.data.images import Source, array_source, printable
+from nnclr.data.images import Source, array_source, shown
 from nnclr.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -117,11 +117,6 @@ def _numbered(classes: list[str], rows: list[tuple[str, str]]) -> _Rows:
         if name not in number:
             raise InputError(f"its lists give {shown(path)} the class '{shown(name)}', which it does not have")
     return [(path, number[name]) for path, name in rows]
-
-
-def shown(path: Path | str) -> str:
-    """A path as it may be printed."""
-    return printable(os.fsencode(path))
 
 
 # ---- one reader a layout -----------------------------------------------------------------------------------

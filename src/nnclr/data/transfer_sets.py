@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from nnclr.counter import permutation
-from nnclr.data.images import Source
-from nnclr.data.transfer_layouts import SPLITS, Parts, expected, find_reader, shown
+from nnclr.data.images import Source, shown
+from nnclr.data.transfer_layouts import SPLITS, Parts, expected, find_reader
 from nnclr.errors import InputError
 
 TOP1, PER_CLASS, MAP = "top-1 accuracy", "mean per-class accuracy", "11-point mAP"

@@ -19,10 +19,9 @@ from nnclr.data.images import Source
 from nnclr.encoder import Encoder
 from nnclr.evaluation.result import versions
 from nnclr.models.backbone import feature_dim
-from nnclr.progress import duration
+from nnclr.progress import Lines
 
 MOST_BYTES = 20 * 2**30  # of the cache; what was used longest ago is removed first
-_EVERY = 10.0  # seconds between two lines of progress
 
 
 def cache_folder() -> Path:
@@ -98,17 +97,11 @@ def _computed(
         if path is None
         else np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     )
-    began = said = time.perf_counter()
-    done = 0
+    lines, done = Lines(f"embedding {source.name}", len(source), 0, say), 0
     for rows in encoder.embed_batches(source, num_workers=num_workers, together=True):
         out[done : done + len(rows)] = rows
         done += len(rows)
-        now = time.perf_counter()
-        if now - said > _EVERY and done < len(source):
-            rate = done / (now - began)
-            left = duration((len(source) - done) / rate)
-            say(f"embedding {source.name}: {done} of {len(source)} images, {rate:.0f} img/s, {left} left")
-            said = now
+        lines.at(done)
     if isinstance(out, np.memmap):
         out.flush()
     return out

@@ -22,7 +22,7 @@ from nnclr.data.images import Source
 from nnclr.data.loader import Plan, create_loader
 from nnclr.encoder import Encoder
 from nnclr.errors import InputError
-from nnclr.evaluation.metrics import mean_per_class, top1
+from nnclr.evaluation.metrics import mean_per_class, top1_of_scores
 from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, crop_and_flip, renormalised
 from nnclr.models.backbone import feature_dim
@@ -31,11 +31,6 @@ LEARNING_RATES = (0.02, 0.1, 0.5)  # per 256 images
 _SIMCLR_LISTS = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/"
 _LISTS = {"simclr-1percent": f"{_SIMCLR_LISTS}1percent.txt", "simclr-10percent": f"{_SIMCLR_LISTS}10percent.txt"}
 Score = Callable[[np.ndarray, np.ndarray], float]  # (n, c) scores and targets to a value in [0, 1]
-
-
-def top1_of_scores(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Top-1 accuracy of scores (n, c)."""
-    return top1(scores.argmax(axis=1), labels)
 
 
 def finetune(

@@ -17,6 +17,7 @@ from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, crop_and_flip, renormalised
 from nnclr.finite import as_rows, class_indices, refuse_not_finite
 
+_BATCH, _VALIDATION = 256, 0.1  # images a step with augmentation; share of each class that chooses the rate
 LEARNING_RATES = tuple(10.0**e for e in np.arange(-2.5, 1.01, 0.5).tolist())
 _BLOCK = 2048  # rows that are standardised or scored at a time
 
@@ -77,7 +78,7 @@ def linear_accuracy(
     epochs: int = 80,
     batch_size: int = 1024,
     learning_rates: tuple[float, ...] = LEARNING_RATES,
-    validation_fraction: float = 0.1,
+    validation_fraction: float = _VALIDATION,
     seed: int = 0,
 ) -> LinearOutcome:
     """Train linear classifiers with many learning rates at once, choose one, train it anew on everything.
@@ -136,8 +137,6 @@ def _augmented(
     num_classes: int,
     epochs: int,
     learning_rates: tuple[float, ...],
-    batch_size: int = 256,
-    validation_fraction: float = 0.1,
 ) -> LinearOutcome:
     """As `linear_accuracy`, on random crops and flips: the images pass through the encoder once an epoch.
 
@@ -147,8 +146,8 @@ def _augmented(
     assert source.labels is not None
     encoder, labels = task.encoder, torch.from_numpy(source.labels)
     scale = standardisation(torch.from_numpy(train))
-    held_out = torch.from_numpy(balanced_share(source.labels, validation_fraction, task.seed))
-    batch_size = min(batch_size, len(source))
+    held_out = torch.from_numpy(balanced_share(source.labels, _VALIDATION, task.seed))
+    batch_size = min(_BATCH, len(source))
     plan = Plan(len(source), batch_size, (crop_and_flip(encoder.image_size),), task.seed)
     steps = epochs * plan.steps_per_epoch
     loader = create_loader(source, plan, encoder.device, task.num_workers)
@@ -169,7 +168,7 @@ def _augmented(
     protocol = {
         **_described("random crops and flips", epochs, batch_size, learning_rates),
         "crop_min_scale": plan.views[0].crop_scale[0],
-        **_choice(learning_rates, accuracies, validation_fraction),
+        **_choice(learning_rates, accuracies, _VALIDATION),
     }
     return _outcome(predicted, test_labels, float(accuracies[best]), learning_rates[best], protocol)
 

@@ -24,6 +24,11 @@ def top1(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.asarray(predictions) == np.asarray(labels)))
 
 
+def top1_of_scores(scores: np.ndarray, labels: np.ndarray) -> float:
+    """`top1` of the class with the highest score (n, c)."""
+    return top1(scores.argmax(axis=1), labels)
+
+
 def mean_per_class(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes that occur in labels of each one's accuracy.
 

@@ -18,7 +18,7 @@ from nnclr.evaluation.few_shot import few_shot as measure_few_shot
 from nnclr.evaluation.knn import nearest_rows, vote, without_itself
 from nnclr.evaluation.label_free import label_free as measure_label_free
 from nnclr.evaluation.logistic import logistic_regression
-from nnclr.evaluation.metrics import bootstrap_interval, mean_per_class, top1
+from nnclr.evaluation.metrics import bootstrap_interval, mean_per_class, top1, top1_of_scores
 from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.retrieval import retrieval as measure_retrieval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, renormalised
@@ -93,7 +93,7 @@ def logistic(task: Task) -> Outcome:
         labels[held_out],
         test,
         len(source.class_names or ()),
-        lambda scores, targets: top1(scores.argmax(axis=1), targets),
+        top1_of_scores,
         progress=lambda done, total: None if done % 15 else task.say(f"logistic: strength {done} of {total}"),
     )
     predicted = outcome.scores.argmax(axis=1)

@@ -12,13 +12,12 @@ import numpy as np
 from nnclr.data.images import Source, joined
 from nnclr.data.transfer_sets import TRANSFER_SETS, Splits, TransferSet, download_transfer_set, open_transfer_set
 from nnclr.errors import InputError
-from nnclr.evaluation.finetune import choose_and_train, targets_of
+from nnclr.evaluation.finetune import LEARNING_RATES, choose_and_train, targets_of
 from nnclr.evaluation.logistic import STRENGTHS, logistic_regression
-from nnclr.evaluation.metrics import bootstrap_interval, map_11, mean_per_class, top1
+from nnclr.evaluation.metrics import bootstrap_interval, map_11, mean_per_class, top1_of_scores
 from nnclr.evaluation.result import BOOTSTRAP, WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task
 
-FINETUNE_RATES = (0.02, 0.1, 0.5)
 # As leaderboards list them for NNCLR, measured by others and by fine-tuning as far as one can tell.
 LISTED_FINETUNED = {"food101": {"NNCLR": 85.5}, "cifar100": {"NNCLR": 84.7}, "dtd": {"NNCLR": 79.2}}
 METHODS = ("NNCLR", "BYOL", "SimCLR", "supervised")
@@ -145,7 +144,7 @@ def _by_finetuning(task: Task, known: TransferSet, splits: Splits, epochs: int) 
         _classes(splits.train),
         score_of(known.metric),
         epochs,
-        FINETUNE_RATES,
+        LEARNING_RATES,
     )
     readable = np.isfinite(scores[:, 0])
     chosen = {name: parameters[name] for name in ("learning_rate", "batch_size", "validation")}
@@ -157,7 +156,7 @@ def _by_finetuning(task: Task, known: TransferSet, splits: Splits, epochs: int) 
 def score_of(metric: str) -> Any:
     """(scores (n, c), targets) -> value in [0, 1], of a metric's name in `TRANSFER_SETS`."""
     return {
-        "top-1 accuracy": lambda scores, labels: top1(scores.argmax(axis=1), labels),
+        "top-1 accuracy": top1_of_scores,
         "mean per-class accuracy": lambda scores, labels: mean_per_class(scores.argmax(axis=1), labels),
         "11-point mAP": map_11,
     }[metric]
