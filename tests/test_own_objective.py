@@ -8,6 +8,7 @@ import torch
 
 import nnclr
 from nnclr import findings, recorder
+from nnclr.bounded_toml import parse_toml
 from nnclr.errors import InputError
 from nnclr.neighbour_sheet import read_sheet
 from nnclr.objectives import SimCLR
@@ -36,6 +37,20 @@ class Wrong(SimCLR):
     settings = (*SimCLR.settings, "neighbour_k")
 
 
+class Wanting(SimCLR):
+    """Likewise of one whose default is the constructor's."""
+
+    settings = (*SimCLR.settings, "ema_momentum")
+
+
+class Broken(SimCLR):
+    """Makes a head from a number too many."""
+
+    def __init__(self, feature_dim, **settings):
+        super().__init__(feature_dim, **settings)
+        self.predictor = nnclr.PredictionHead(8, 16, 8)
+
+
 class Loud(SimCLR):
     """Reports a loss of its own."""
 
@@ -54,6 +69,8 @@ def test_a_class_changes_no_later_run(images, tmp_path):
     ("kind", "words"),
     [
         (Wrong, "unexpected keyword argument 'neighbour_k'"),
+        (Wanting, "Wanting names the setting ema_momentum, which its constructor does not take"),
+        (Broken, r"but 4 were given \(tests.test_own_objective:Broken, test_own_objective.py, line 5\d\)"),
         (torch.nn.Linear, r"torch\.nn\.modules\.linear:Linear is no subclass of nnclr\.Objective"),
     ],
 )
@@ -62,6 +79,30 @@ def test_what_is_no_objective_is_refused_before_anything_is_written(images, tmp_
     with pytest.raises(InputError, match=words):
         nnclr.pretrain(images, tmp_path / "run", objective=kind, **SETTINGS, **extra)
     assert not (tmp_path / "run").exists()
+
+
+class HandedOn(nnclr.NNCLR):
+    """Its constructor hands on what it does not name."""
+
+    def __init__(self, feature_dim, **settings):
+        super().__init__(feature_dim, **settings)
+
+
+class AndOn(HandedOn):
+    def __init__(self, *arguments, neighbour_k=2, **settings):
+        super().__init__(*arguments, neighbour="kth", neighbour_k=neighbour_k, **settings)
+
+
+AndOn.settings = tuple(name for name in nnclr.NNCLR.settings if name != "neighbour")
+
+
+def test_defaults_are_those_of_the_class_that_settings_are_handed_on_to(images, tmp_path):
+    for kind, default in ((HandedOn, 1), (AndOn, 2)):
+        run = nnclr.pretrain(images, tmp_path / kind.__name__, objective=kind, **SETTINGS)
+        settings = parse_toml((run.path / "config.toml").read_bytes())
+        assert settings["neighbour_k"] == default
+        assert settings["support_set_size"] == 32  # half of the images
+        assert "ema_momentum" not in settings
 
 
 def test_a_metric_may_not_replace_one_of_the_loop(images, tmp_path):

@@ -201,6 +201,19 @@ def test_the_verdict_follows_the_figures(made_up, values, evaluations, verdict):
         assert words["kNN accuracy"].startswith("Not measured")
 
 
+def test_one_unlucky_step_does_not_change_the_verdict(made_up):
+    """A logged loss is that of one batch; what is judged is the mean of the later half."""
+    write_lines(made_up / "evaluations.jsonl", [])
+    for usual, last, verdict, rest in (
+        (3.0, 4.6, "It learned.", ", 3.320 on average of the last 5 that were logged; guessing would give 4.605."),
+        (4.6, 4.2, "No sign of learning.", ", 4.520 on average of the last 5 that were logged. Chance is 4.605: it is"),
+    ):
+        changed(made_up, loss=lambda step, usual=usual, last=last: last if step == 100 else usual)
+        words = said(written(made_up))
+        assert words[""].startswith(verdict)
+        assert words["Loss"].startswith(f"{last:.3f} at step 100, {usual:.3f} at step 10{rest}")
+
+
 def test_a_step_is_split_into_waiting_working_and_the_rest(made_up):
     """100 images at 50 a second: two seconds a step, and half a second of evaluations on top of it."""
     changed(made_up, data_share=0.25, aside_share=lambda step: 0.0 if step == 10 else 0.2)

@@ -1,7 +1,9 @@
 """What can go wrong for a user, one class an exit code; the command line prints the message and nothing else."""
 
+import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Mapping
 
 
@@ -95,3 +97,19 @@ def first_line(error: Exception) -> str:
     """What another library says in the first line of its error, or the error's kind where it says nothing."""
     text = str(error).strip()
     return textwrap.shorten(text.splitlines()[0], 160, placeholder=" ...") if text else type(error).__name__
+
+
+def place_outside(error: Exception, name: str) -> str:
+    """` (mine:Method, mine.py, line 10)`: the last line of a stranger's own code that led to an error.
+
+    Args:
+        error: as it was caught.
+        name: MODULE:CLASS of that code; without a colon it is ours, and nothing is said.
+    """
+    if ":" not in name:
+        return ""
+    ours = os.path.dirname(__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    theirs = [frame for frame in frames if f"{os.sep}site-packages{os.sep}" not in frame.filename]
+    place = f", {os.path.basename(theirs[-1].filename)}, line {theirs[-1].lineno}" if theirs else ""
+    return f" ({name}{place})"

@@ -206,15 +206,26 @@ def judge(record: Record) -> Finding:
             text = f"{before} has {percent(first['value'])} already, of {number} images: too few or too easy to tell"
             return Finding("It cannot be told", f"{text[0].upper()}{text[1:]} by kNN accuracy.", "missing")
         return _no_sign(record, f"kNN accuracy is not above that of {before}")
-    loss, chance = record.series("loss"), record.series("loss_chance")
-    if not loss or not chance:
+    recent = recent_losses(record)
+    if not recent:
         return Finding(
             "It cannot be told", "There is neither a kNN accuracy nor a chance level of the loss.", "missing"
         )
-    if loss[-1][1] >= CLEARLY_BELOW * chance[-1][1]:
+    if not _below_chance(recent):
         return _no_sign(record, "The loss is not clearly below its chance level")
     text = "The loss is well below its chance level and nothing has collapsed; without labels there is no more to say."
     return Finding(learns, text, "good")
+
+
+def recent_losses(record: Record) -> list[tuple[float, float]]:
+    """Loss and chance level of the later half of the logged steps, at most 20: one alone is that of one batch."""
+    both = [(line["loss"], line["loss_chance"]) for line in record.metrics if {"loss", "loss_chance"} <= line.keys()]
+    return both[-min(20, math.ceil(len(both) / 2)) :] if both else []
+
+
+def _below_chance(recent: list[tuple[float, float]]) -> bool:
+    losses, chances = zip(*recent, strict=True)
+    return fmean(losses) < CLEARLY_BELOW * fmean(chances)
 
 
 def _ended_not_finite(record: Record) -> bool:
@@ -333,8 +344,11 @@ def _loss(record: Record) -> Finding:
     text = _joined(f"{last:.3f} at step {step:,}", earlier(loss, "{:.3f}".format))
     if step not in chance:
         return Finding("Loss", f"{text}; this objective has no chance level.", "plain")
-    level = chance[step]
-    if last >= CLEARLY_BELOW * level:
+    level, recent = chance[step], recent_losses(record)
+    below = _below_chance(recent)
+    if below != _below_chance(recent[-1:]):
+        text += f", {fmean(loss for loss, _ in recent):.3f} on average of the last {len(recent)} that were logged"
+    if not below:
         return Finding("Loss", f"{text}. Chance is {level:.3f}: it is no better than guessing.", "bad")
     return Finding("Loss", f"{text}; guessing would give {level:.3f}.", "good")
 

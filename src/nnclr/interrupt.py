@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SAME = 0.3  # seconds within which a second SIGINT is the first one again: `timeout` and other wrappers send it twice
 
 
 def raise_outside_imports(number: int, frame: FrameType | None) -> None:
@@ -31,8 +32,8 @@ def raise_outside_imports(number: int, frame: FrameType | None) -> None:
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `asked` to their name instead of ending the process.
 
-    A second SIGINT ends it at once with exit code 130. Outside the main thread, where Python delivers no
-    signals, nothing is installed.
+    A second SIGINT, no sooner than people press Ctrl-C twice, ends it at once with exit code 130. Outside the main
+    thread, where Python delivers no signals, nothing is installed.
 
     Args:
         doing: what is done before the process ends, said on standard error as soon as a signal comes; empty for
@@ -42,7 +43,8 @@ class StopRequest:
 
     def __init__(self, doing: str = "", note: Callable[[], None] = lambda: None) -> None:
         self.asked: str | None = None
-        self._doing, self._note, self._noted, self._interrupted = doing, note, False, False
+        self._doing, self._note, self._noted = doing, note, False
+        self._interrupted: float | None = None  # when the first SIGINT came
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -65,18 +67,26 @@ class StopRequest:
         self._noted = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted and number == signal.SIGINT:
-            until = time.monotonic() + 1.0
+        now = time.monotonic()
+        if self._interrupted is not None and number == signal.SIGINT:
+            if now - self._interrupted < _SAME:
+                return
+            self._say("SIGINT again: leaving at once")
+            until = now + 1.0
             while not self._noted and time.monotonic() < until:
                 time.sleep(0.01)
             os._exit(130)
         if self.asked is None:
             _thread.start_new_thread(self._take_note, ())  # threading has locks that the interrupted code may hold
         self.asked = signal.Signals(number).name
-        self._interrupted |= number == signal.SIGINT
+        if number == signal.SIGINT:
+            self._interrupted = now
+        again = "; press Ctrl-C again to leave at once" if number == signal.SIGINT else ""
+        self._say(f"{self.asked}: {self._doing}{again}")
+
+    def _say(self, text: str) -> None:
+        """A line past Python's buffers, in whose middle this may be called; below ^C and the bar on a terminal."""
         if self._doing:
-            again = "; press Ctrl-C again to leave at once" if number == signal.SIGINT else ""
-            # Written past Python's buffers, in whose middle this may be called; below ^C and the bar on a terminal.
             with suppress(OSError):
                 start = "\n" if os.isatty(2) else ""
-                os.write(2, f"{start}nnclr: {self.asked}: {self._doing}{again}\n".encode())
+                os.write(2, f"{start}nnclr: {text}\n".encode())

@@ -123,7 +123,10 @@ def run_sweep(path: Path, out: Path, quiet: bool = False) -> Path:
         raise InputError(f"--out {out} holds something else than a sweep; choose a new folder")
     if any(":" in str(name) for name in [spec.settings.get("objective"), *spec.grid.get("objective", [])]):
         sys.path.insert(0, "")  # MODULE:CLASS may lie in the working directory, as with python -m
-    check(spec, out)
+    try:
+        check(spec, out)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     rows: list[dict[str, Any]] = []
     for cell in cells:
         rows.append(_run_cell(spec, out, cell, len(rows) * len(spec.seeds), quiet))

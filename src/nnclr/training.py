@@ -1,7 +1,6 @@
 """Pre-training: the loop, top to bottom on one page, and what it needs to start, stop and start again."""
 
 import dataclasses
-import inspect
 import os
 import warnings
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from nnclr.data.images import Source
 from nnclr.data.loader import Loader, Plan, create_loader
 from nnclr.data.source import open_source, refuse_inside, test_split
 from nnclr.device import choose_device, choose_precision, view_dtype
-from nnclr.errors import InputError, NoCheckpointError, Stopped, StorageError
+from nnclr.errors import InputError, NoCheckpointError, Stopped, StorageError, place_outside
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.exact import repeatable_convolutions
 from nnclr.interrupt import StopRequest
@@ -30,7 +29,7 @@ from nnclr.models.blocks import repeated_blocks
 from nnclr.models.cuda_graphs import AllViews, in_few_launches
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
 from nnclr.models.recompute import check_recompute, in_little_memory
-from nnclr.objectives import Objective, find_objective, name_of
+from nnclr.objectives import Objective, default_of, find_objective, name_of
 from nnclr.optim import clip, create_optimizer, guarded_step, learning_rate
 from nnclr.recorder import Recorder
 from nnclr.run_folder import Run
@@ -229,10 +228,8 @@ def resolve(config: Config, source: Source) -> Config:
         raise InputError(f"epochs={epochs:g} of {steps} steps each are less than a step; use a larger --epochs")
     tracking.require(config.log_to)
     kind = find_objective(config.objective)
-    parameters = inspect.signature(kind).parameters
-    defaults = {
-        name: parameters[name].default for name in kind.settings if name != "labels" and getattr(config, name) is None
-    }
+    open_ = [name for name in kind.settings if name != "labels" and getattr(config, name) is None]
+    defaults = {name: default_of(kind, name) for name in open_}
     if "support_set_size" in defaults:
         defaults["support_set_size"] = max(config.batch_size, min(PAPER_SUPPORT_SET, len(source) // 2))
     views = make_views(config)
@@ -354,7 +351,7 @@ def build(
     try:
         objective = kind(width, **{name: value for name, value in settings.items() if value is not None})
     except (TypeError, ValueError) as error:  # a constructor of one's own may not take what its settings name
-        raise InputError(str(error)) from error
+        raise InputError(f"{error}{place_outside(error, config.objective)}") from error
     backbone = backbone.to(device).to(memory_format=torch.channels_last).train()
     objective = distributed.shared_batch_norm(objective.to(device).train(), config.sync_bn_group)
     backbone = distributed.shared_batch_norm(backbone, config.sync_bn_group)

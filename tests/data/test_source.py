@@ -2,6 +2,7 @@ import gzip
 import os
 import shutil
 import struct
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -338,6 +339,20 @@ def test_nothing_is_written_among_the_images(tmp_path):
     for data, out in (("photos", "photos2"), ("photos/a", "photos/run"), ("absent", "absent/run")):
         refuse_inside(str(tmp_path / data), tmp_path / out)
     refuse_inside((np.zeros(1), np.zeros(1)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [("Train/cats val/cats", True), ("train val", False), ("train/a b/a", False), ("train/a", False)],
+)
+def test_splits_that_are_taken_for_classes_are_told(tmp_path, folders, said):
+    for folder in folders.split():
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "1.png")
+    words = "Train, val in .* seem to be splits.* give .*/Train as the data and .*/val as the test set"
+    with pytest.warns(UserWarning, match=words) if said else nullcontext():
+        source = open_source(tmp_path)
+    assert source.class_names == tuple(sorted({folder.split("/")[0] for folder in folders.split()}))
 
 
 def test_pictures_beside_class_folders_are_named_as_what_takes_the_labels(tmp_path):

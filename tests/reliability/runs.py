@@ -141,6 +141,13 @@ def after_update(step, act):
     nnclr.NNCLR.update = updated
 
 
+def ctrl_c_twice():
+    """As a person presses it."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.4)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def stop_after(folder, step, changes=None):
     """The run, stopped by SIGTERM in a step."""
     after_update(step, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -13,7 +13,7 @@ import pytest
 from nnclr import checkpoint
 from nnclr.checkpoint import lock
 from nnclr.errors import FolderInUseError
-from tests.reliability.runs import TOTAL, after_update, die, final, same, train
+from tests.reliability.runs import TOTAL, after_update, ctrl_c_twice, die, final, same, train
 from tests.reliability.test_ranks import job
 
 HERE = "tests.reliability.test_kills"
@@ -261,9 +261,7 @@ def poisoned(folder, step):
 
 def left_at_once(folder, step):
     """In a child: the run, and Ctrl-C twice in a step."""
-    import signal
-
-    after_update(step, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    after_update(step, ctrl_c_twice)
     train(folder)
 
 

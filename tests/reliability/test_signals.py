@@ -9,7 +9,7 @@ import time
 import pytest
 
 from nnclr import checkpoint
-from tests.reliability.runs import after_update, final, same, train
+from tests.reliability.runs import after_update, ctrl_c_twice, final, same, train
 
 HERE = "tests.reliability.test_signals"
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -131,7 +131,7 @@ def test_signals_in_every_phase(warm, whole, tmp_path, count):
 
 def twice(folder):
     """In a child: Ctrl-C, and again before the step is done."""
-    after_update(7, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    after_update(7, ctrl_c_twice)
     train(folder)
 
 

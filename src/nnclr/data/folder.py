@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nnclr.data.decode import BadImage, decode, read_file
-from nnclr.data.images import Source, printable
+from nnclr.data.images import SPLIT_NAMES, Source, printable
 from nnclr.errors import InputError
 
 _UNREAD = "unread "
@@ -69,6 +70,8 @@ def folder_source(roots: Sequence[Path]) -> Source:
         scan.images.sort()
     written = hashlib.sha256(repr([[time for _, _, time in scan.images] for scan in scans]).encode()).hexdigest()
     labels, class_names = _folder_labels([path for scan in scans for path, *_ in scan.images])
+    if class_names is not None and len(scans) == 1:
+        _warn_of_splits(name, class_names, [path for path, *_ in scans[0].images])
     digest = hashlib.sha256()
     for prefix, scan in zip(prefixes, scans, strict=True):
         for path, size, _ in scan.images:
@@ -180,6 +183,20 @@ def _folder_labels(paths: list[bytes]) -> tuple[np.ndarray | None, tuple[str, ..
     names = sorted(set(folders))
     number = {name: i for i, name in enumerate(names)}
     return np.array([number[folder] for folder in folders]), tuple(printable(name) for name in names)
+
+
+def _warn_of_splits(name: str, class_names: tuple[str, ...], paths: list[bytes]) -> None:
+    """Say where `train` and `val` are taken for classes, although the classes are folders inside."""
+    usual = len(class_names) > 1 and SPLIT_NAMES.issuperset(map(str.lower, class_names))
+    if not usual or not all(path.count(b"/") > 1 for path in paths):
+        return
+    learned = next((folder for folder in class_names if folder.lower().startswith("train")), class_names[0])
+    other = next(folder for folder in class_names if folder != learned)
+    warnings.warn(
+        f"{', '.join(class_names)} in {name} seem to be splits, and are taken for classes, as first-level folders are: "
+        f"give {name}/{learned} as the data and {name}/{other} as the test set",
+        stacklevel=2,
+    )
 
 
 def _loose(paths: list[bytes]) -> str:

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from nnclr.data.decode import BadImage, decode, read_file
-from nnclr.data.images import Source, safe, shown
+from nnclr.data.images import SPLIT_NAMES, Source, safe, shown
 from nnclr.data.parquet import hidden_labels, number_labels, parquet_source
 from nnclr.errors import InputError, first_line
-
-_SPLITS = frozenset("train training test testing val valid validation dev eval evaluation".split())  # usual names
 
 
 def hub_source(
@@ -98,7 +96,8 @@ def _of_split(found: Sequence[str], split: str, folder: Path) -> list[str]:
 def _splits(part: str) -> set[str]:
     """What looks like the name of a split in the path of a file."""
     *folders, file = part.removesuffix(".parquet").split("/")
-    words = {word for name in (*folders, file) for word in re.split(r"[^A-Za-z0-9]+", name) if word.lower() in _SPLITS}
+    words = {word for name in (*folders, file) for word in re.split(r"[^A-Za-z0-9]+", name)}
+    words = {word for word in words if word.lower() in SPLIT_NAMES}
     numbered = re.fullmatch(r"(.+?)-\d+-of-\d+", file)
     return words or ({numbered[1]} if numbered else set())
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and to look at images does w
     import torch
 
 MOST_CLASS = 1 << 20  # a larger number as a label is a name, or an error
+SPLIT_NAMES = frozenset("train training test testing val valid validation dev eval evaluation".split())  # usual ones
 _FEW_CLASSES = 1000  # up to which numbers without an image cost nothing
 
 

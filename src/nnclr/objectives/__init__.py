@@ -14,7 +14,7 @@ from nnclr.objectives.moco import MoCoV2, MoCoV3
 from nnclr.objectives.msf import MSF
 from nnclr.objectives.nn_byol import NNBYOL, NNSimSiam
 from nnclr.objectives.nnclr import NNCLR, nnclr_loss
-from nnclr.objectives.objective import Objective, Output
+from nnclr.objectives.objective import Objective, Output, default_of
 from nnclr.objectives.simclr import SimCLR, nt_xent_loss
 from nnclr.objectives.simsiam import SimSiam
 from nnclr.objectives.snclr import SNCLR
@@ -83,6 +83,7 @@ __all__ = [
     "Objective",
     "Output",
     "SimCLR",
+    "default_of",
     "find_objective",
     "name_of",
     "nnclr_loss",

@@ -1,10 +1,12 @@
 """What the loop asks of a method."""
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from nnclr.errors import InputError
 from nnclr.support_set import Neighbours, SupportSet
 
 
@@ -70,6 +72,19 @@ class Objective(nn.Module):
         if isinstance(support_set, SupportSet) and isinstance(projector, nn.Module):
             return projector, support_set
         return None
+
+
+def default_of(kind: type[Objective], name: str) -> Any:
+    """Default of a setting: of the constructor, or of the base class's to which `**settings` hand it on.
+
+    Raises:
+        InputError: if no constructor takes it.
+    """
+    for base in kind.__mro__:
+        if "__init__" in vars(base) and name in (parameters := inspect.signature(vars(base)["__init__"]).parameters):
+            default = parameters[name].default
+            return None if default is inspect.Parameter.empty else default
+    raise InputError(f"{kind.__qualname__} names the setting {name}, which its constructor does not take")
 
 
 def two_views(features: list[Tensor], name: str) -> None:
