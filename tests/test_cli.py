@@ -217,7 +217,7 @@ def test_nothing_is_left_out_in_silence(capsys, tmp_path, photos):
     assert cli.main(["pretrain", str(photos), "--out", str(tmp_path / "run"), *FLAGS]) == 0
     said = capsys.readouterr().out
     assert "40 images, 2 classes (only to measure), 1 x not a regular file left out (dogs/pipe.png)" in said
-    assert "1 images cannot be read and were skipped" in said
+    assert "one image cannot be read and was skipped" in said
     listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert [(line["image"], line["reason"][:9]) for line in listed] == [("cats/4.png", "truncated")]
     assert nnclr.Run(tmp_path / "run").metrics[-1]["bad_images"] == 1

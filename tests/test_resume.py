@@ -143,13 +143,16 @@ def test_finished_run_is_not_trained_again(pictures, tmp_path, tiny):
     assert same(before, final_state(tmp_path / "run"))
 
 
-def test_extended_run_goes_on_where_it_ended(pictures, tmp_path, tiny):
+def test_extended_run_goes_on_where_it_ended(pictures, tmp_path, tiny, capsys):
     nnclr.pretrain(pictures, tmp_path / "run", **tiny)
     run = nnclr.pretrain(pictures, tmp_path / "run", **tiny, extend_epochs=2)
     assert run.metrics[-1]["step"] == 30
     rates = {line["step"]: line["learning_rate"] for line in run.metrics}
     assert rates[22] > rates[20]  # the cosine is laid over the longer run
     assert rates[30] < rates[22]
+    capsys.readouterr()
+    nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"quiet": False})  # as it was first asked for
+    assert "at step 30, past the 20 of this command: it is finished" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_other_images_are_refused(pictures, tmp_path, tiny):

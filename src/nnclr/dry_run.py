@@ -72,7 +72,8 @@ def dry_run(
     if tried < batch:
         yield f"batch {batch} may not fit into this memory; {need.advice}"
     yield f"two steps losses {losses[0]:.3f} and {losses[1]:.3f}, {rate:.0f} images/s{at}"
-    yield f"time      about {duration(total * batch / rate)} for {epochs:g} epochs, without evaluations{estimate}"
+    passes = f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
+    yield f"time      about {duration(total * batch / rate)} for {passes}, without evaluations{estimate}"
 
 
 def two_steps(config: Any, source: Source, test: Source | None, train: Callable[..., Run]) -> tuple[list[float], float]:

@@ -150,8 +150,11 @@ class Recorder:
             return
         for line in skipped:
             say(f"warning: {line}")
+        far = f"{self.state.step} of {self.total}"
+        if self.state.step > self.total:
+            far = f"{self.state.step}, past the {self.total} of this command"
         finished = ": it is finished" if self.state.step >= self.total else ""
-        say(f"resumed {self.run} at step {self.state.step} of {self.total}{finished}")
+        say(f"resumed {self.run} at step {far}{finished}")
 
     def is_due(self) -> bool:
         """Whether anything of this step is written down."""
@@ -249,11 +252,12 @@ class Recorder:
         page = report.write_report(self.run, with_map=False)  # the map is what takes long
         if self.loader.bad:
             listed = self.run / "bad_samples.jsonl"
-            self.reporter.say(f"warning: {len(self.loader.bad)} images cannot be read and were skipped: {listed}")
+            bad = len(self.loader.bad)
+            were = "one image cannot be read and was" if bad == 1 else f"{bad} images cannot be read and were"
+            self.reporter.say(f"warning: {were} skipped: {listed}")
         if skipped := self.state.notes.get("skipped_checkpoints", 0):
-            self.reporter.say(
-                f"warning: {skipped} damaged checkpoints were skipped on the way; the disk may be failing"
-            )
+            were = "one damaged checkpoint was" if skipped == 1 else f"{skipped} damaged checkpoints were"
+            self.reporter.say(f"warning: {were} skipped on the way; the disk may be failing")
         if count := skipped_steps(self.state.notes):
             where = self.run / "nonfinite"
             self.reporter.say(f"warning: {count} of {self.total} steps were skipped, not being finite: see {where}")

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -9,9 +10,11 @@ import nnclr
 from nnclr.data.decode import BadImage
 from nnclr.data.images import array_source
 from nnclr.errors import InputError
-from nnclr.evaluation import label_curve
+from nnclr.evaluation import finetune, label_curve
 from nnclr.evaluation.finetune import first_of_each
 from nnclr.evaluation.label_curve import in_words
+from nnclr.evaluation.metrics import half_width
+from nnclr.evaluation.result import wilson_interval
 from nnclr.pretrained import random_encoder
 
 
@@ -31,10 +34,15 @@ def test_curve_is_scikit_learns_on_the_same_draws(pictures, monkeypatch):
             model.fit((train[rows] - mean) / std, pictures[1][rows])
             assert value == pytest.approx(model.score((scored - mean) / std, test[1]), abs=0.0167)  # two of 120
     assert result.value == curve[-1]["encoder"]["mean"]
+    wilson, draws = wilson_interval(result.value, 120), half_width(curve[-1]["encoder"]["values"])
+    assert result.interval[0] == max(0, min(wilson[0], result.value - draws))
+    assert result.interval[1] == min(1, max(wilson[1], result.value + draws))
     assert set(curve[0]) == {"labels_per_class", "encoder", "pixels"}
     assert json.loads(result.to_json())["details"]["curve"] == curve
     monkeypatch.setattr(label_curve, "in_words", lambda curve, chance: f"one of {1 / chance:g} classes")
-    assert nnclr.evaluate(encoder, pictures, test, **options).details["in_words"] == "one of 4 classes"
+    alike = nnclr.evaluate(encoder, pictures, test, **options | {"repeats": 1})
+    assert alike.details["in_words"] == "one of 4 classes"
+    assert alike.interval == wilson_interval(alike.value, 120)  # one draw has no spread, and 120 images are few
 
 
 def test_network_from_scratch_is_part_of_it(pictures, monkeypatch):
@@ -42,7 +50,16 @@ def test_network_from_scratch_is_part_of_it(pictures, monkeypatch):
 
     monkeypatch.setattr(module, "_STEPS", 30)
     encoder = random_encoder("small-convnet", 16)
-    result = nnclr.evaluate(encoder, pictures, pictures, protocol="label-curve", budgets=(5,), repeats=1)
+    clock = itertools.count(0, 60)
+    monkeypatch.setattr(finetune.time, "perf_counter", lambda: next(clock))
+    said = []
+    options = {"protocol": "label-curve", "budgets": (5,), "repeats": 1, "say": said.append}
+    result = nnclr.evaluate(encoder, pictures, pictures, **options)
+    lines = [
+        text.removeprefix("from scratch with 20 labels, draw 1: fine-tuning with learning rate 0.1: ") for text in said
+    ]
+    assert "step 10 of 30, 1 h 00 min left" in lines  # three looks at the clock in a step
+    assert "step 29 of 30, 3 min 00 s left" in lines
     (point,) = result.details["curve"]
     assert point["supervised"]["mean"] > 0.5  # colours are soon learned
     assert "A network trained from scratch needs" in result.details["in_words"]

@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_skipped_counted_and_named(warm, stopped, whole,
     os.truncate(run / "checkpoints/step-00000007/tensors.safetensors", 100)
     assert warm.run("tests.reliability.runs:train", str(run), log=log) == 0, log.read_text()
     assert "step-00000007 skipped: tensors.safetensors is damaged" in log.read_text()
-    assert "warning: 1 damaged checkpoints were skipped" in log.read_text()
+    assert "warning: one damaged checkpoint was skipped" in log.read_text()
     counted = {line["step"]: line["skipped_checkpoints"] for line in nnclr.Run(run).metrics}
     assert counted == {step: int(step > 6) for step in range(2, 21, 2)}
     assert same(final(run), final(whole))

@@ -26,6 +26,7 @@ from nnclr.evaluation.metrics import mean_per_class, top1_of_scores
 from nnclr.evaluation.result import WILSON, wilson_interval
 from nnclr.evaluation.task import Outcome, Task, balanced_share, crop_and_flip, renormalised
 from nnclr.models.backbone import feature_dim
+from nnclr.progress import duration
 
 LEARNING_RATES = (0.02, 0.1, 0.5)  # per 256 images
 _SIMCLR_LISTS = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/"
@@ -172,7 +173,7 @@ def train_classifier(task: Task, source: Source, num_classes: int, learning_rate
         total = epochs * plan.steps_per_epoch
         optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, nesterov=True)
         targets = torch.from_numpy(targets_of(source)).to(encoder.device)
-        said = time.perf_counter()
+        began = said = time.perf_counter()
         for batch in create_loader(source, plan, encoder.device, task.num_workers).batches(0, total):
             rate = 0.5 * learning_rate * batch_size / 256 * (1 + np.cos(np.pi * batch.step / total))
             for group in optimizer.param_groups:
@@ -182,9 +183,12 @@ def train_classifier(task: Task, source: Source, num_classes: int, learning_rate
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)  # a rate that is far too high must not end in NaN
             optimizer.step()
-            if time.perf_counter() - said > 10:
-                task.say(f"fine-tuning with learning rate {learning_rate:g}: step {batch.step + 1} of {total}")
-                said = time.perf_counter()
+            now = time.perf_counter()
+            if now - said > 10:
+                left = duration((now - began) * (total - batch.step - 1) / (batch.step + 1))
+                step = f"step {batch.step + 1} of {total}, {left} left"
+                task.say(f"fine-tuning with learning rate {learning_rate:g}: {step}")
+                said = now
     return Encoder(module.eval(), encoder.image_size, encoder.mean, encoder.std, crop_pct=encoder.crop_pct)
 
 

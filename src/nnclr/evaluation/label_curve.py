@@ -16,6 +16,7 @@ from nnclr.evaluation.finetune import batch_size_for, first_of_each, train_class
 from nnclr.evaluation.linear import standardisation
 from nnclr.evaluation.logistic import fit_logistic, logistic_scores
 from nnclr.evaluation.metrics import half_width, top1
+from nnclr.evaluation.result import wilson_interval
 from nnclr.evaluation.task import Outcome, Task
 from nnclr.pretrained import pixel_encoder, random_encoder
 
@@ -35,7 +36,7 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
     Args:
         task: what is evaluated.
         budgets: labels a class; those that a class does not have are left out.
-        repeats: draws of the labelled images; the interval is over them.
+        repeats: draws of the labelled images; the interval is over them, and over the test images.
         from_scratch: also train the supervised network.
 
     Raises:
@@ -47,7 +48,7 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
     used = sorted({budget for budget in budgets if budget <= smallest})
     if not used:
         raise InputError(
-            f"the smallest class of {source.name} has {smallest} images, fewer than {min(budgets)} labels a class"
+            f"the smallest class of {source.name} has {smallest} images, fewer than {_labels(min(budgets))} a class"
         )
     if used != sorted(budgets):
         task.warn(f"the smallest class of {source.name} has {smallest} images: only {used} labels a class are tried")
@@ -69,9 +70,10 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
             point[name] = {"mean": statistics.mean(values), "values": values}
         curve.append(point)
         shown = ", ".join(f"{name} {100 * point[name]['mean']:.1f} %" for name in ways)
-        task.say(f"{budget} labels a class: {shown}")
-    last = curve[-1]["encoder"]
-    half = half_width(last["values"])
+        task.say(f"{_labels(budget)} a class: {shown}")
+    last, n_test = curve[-1]["encoder"], len(task.features(scored)[0])
+    half = half_width(last["values"]) or 0.0
+    low, high = wilson_interval(last["mean"], n_test)  # draws that agree say nothing about a small test set
     parameters = {
         "budgets": used,
         "repeats": repeats,
@@ -79,15 +81,15 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
         "supervised": f"{_STEPS} batches, learning rate {_RATE}, random crops and flips",
     }
     return Outcome(
-        f"top-1 accuracy with {used[-1]} labels a class",
+        f"top-1 accuracy with {_labels(used[-1])} a class",
         last["mean"],
-        None if half is None else (max(0.0, last["mean"] - half), min(1.0, last["mean"] + half)),
-        "over draws of the labelled images, Student's t",
+        (max(0.0, min(low, last["mean"] - half)), min(1.0, max(high, last["mean"] + half))),
+        "the wider of: over draws of the labelled images, Student's t; over images of the test set, Wilson",
         parameters,
         source,
         scored,
         used[-1] * len(np.unique(source.labels)),
-        len(task.features(scored)[0]),
+        n_test,
         {"curve": curve, "in_words": in_words(curve, 1 / len(np.unique(source.labels)))},
     )
 
@@ -102,7 +104,7 @@ def in_words(curve: list[dict[str, Any]], chance: float = 0.0) -> str:
     few, most = curve[0], curve[-1]
     n, target = few["labels_per_class"], few["encoder"]["mean"]
     last = most["labels_per_class"]
-    sentences = [f"With {n} label{'s' if n > 1 else ''} a class the encoder is right in {100 * target:.0f} %."]
+    sentences = [f"With {_labels(n)} a class the encoder is right in {100 * target:.0f} %."]
     if target <= 1.1 * chance:  # what others need for that says nothing
         sentences = [sentences[0].replace(" %.", f" %, and guessing in {100 * chance:.0f} %.")]
     for name, title in (
@@ -116,6 +118,10 @@ def in_words(curve: list[dict[str, Any]], chance: float = 0.0) -> str:
             theirs, ours = (f"{100 * most[who]['mean']:.0f} %" for who in (name, "encoder"))
             sentences.append(f"With {last} {title[0].lower()}{title[1:]} is right in {theirs}, the encoder in {ours}.")
     return " ".join(sentences)
+
+
+def _labels(count: int) -> str:
+    return f"{count} label{'s' if count > 1 else ''}"
 
 
 def _pixels(encoder: Encoder) -> Encoder:
@@ -152,7 +158,11 @@ def _from_scratch(task: Task, backbone: str, source: Source, scored: Source) -> 
         untrained = random_encoder(backbone, task.encoder.image_size, seed)
         untrained.module.to(task.encoder.device)
         per_epoch = max(1, len(rows) // batch_size_for(len(rows)))
-        here = replace(task, encoder=untrained, seed=seed, _known={})
+
+        def say(text: str) -> None:
+            task.say(f"from scratch with {len(rows)} labels, draw {seed - task.seed + 1}: {text}")
+
+        here = replace(task, encoder=untrained, seed=seed, say=say, _known={})
         trained = train_classifier(
             here, source.subset(rows), len(source.class_names or ()), _RATE, math.ceil(_STEPS / per_epoch)
         )
