@@ -32,7 +32,7 @@ from nnclr.data.ahead import Threads, threads_for
 from nnclr.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_image, normalize
 from nnclr.data.decode import BadImage
 from nnclr.data.images import Source
-from nnclr.data.pictures import file_source, picture_files
+from nnclr.data.pictures import paths_of_pictures
 from nnclr.data.source import open_source
 from nnclr.errors import InputError
 from nnclr.exact import exact_float32, repeatable_convolutions
@@ -124,8 +124,7 @@ class Encoder:
         Raises:
             InputError: if the data cannot be opened.
         """
-        files = picture_files(data)
-        source = open_source(data) if files is None else file_source(files)
+        source = open_source(data if (path := paths_of_pictures([data])) is None else path)
         return np.concatenate(list(self.embed_batches(source, batch_size, num_workers)))
 
     def embed_batches(

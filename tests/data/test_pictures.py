@@ -74,6 +74,55 @@ def test_an_encoder_takes_whatever_holds_the_pictures(folder):
     np.testing.assert_array_equal(backwards[::-1], expected)  # the order is that of the list
 
 
+def test_a_list_of_paths_with_labels_is_data(folder, tmp_path_factory):
+    """As (X, y) of scikit-learn, and `samples` of torchvision's ImageFolder."""
+    files, paths = open_source(folder), sorted(map(str, folder.iterdir()))
+    names = ["cat", "dog", "cat", "an ox"] * 2 + ["dog"]
+    for data in (paths, (paths, names), (folder.glob("*.jpg"), None)):
+        if not isinstance(data, list):
+            data = (sorted(data[0]), data[1])
+        source = open_source(data)
+        first = len(files) - len(source)  # the photograph comes last
+        for i in range(len(source)):
+            np.testing.assert_array_equal(source.read(i), files.read(first + i))
+            assert source.describe(i) == paths[first + i]
+    source = open_source((paths, names))
+    assert source.class_names == ("an ox", "cat", "dog")
+    assert [source.class_names[label] for label in source.labels] == names
+    assert source.labels.dtype == np.int64
+    others = [
+        open_source(data).fingerprint
+        for data in (paths, (paths, names[::-1]), (paths[::-1], names), (paths[1:], names[1:]))
+    ]
+    assert len({source.fingerprint, *others}) == 5
+    run = nnclr.pretrain(
+        (paths, names),
+        tmp_path_factory.mktemp("run") / "run",
+        backbone="small-convnet",
+        image_size=8,
+        batch_size=4,
+        epochs=1,
+        quiet=True,
+    )
+    assert nnclr.evaluate(run.path, (paths, names), (paths, np.array(names, object)), k=1).value > 0.9
+    array = np.zeros((3, 2, 2, 3), np.uint8)
+    assert open_source((array, np.array(["b", "a\x1b", "b"]))).class_names == ("a\\x1b", "b")
+    assert open_source((list(array), ["b", "a", "b"])).labels.tolist() == [1, 0, 1]
+    for wrong in (["a", "b"], ["a", 1, "b"], ["a", None, "b"], "abc", 5):
+        with pytest.raises(InputError, match="labels must be 3 whole numbers from 0, or 3 texts"):
+            open_source((array, wrong))
+
+
+class Items:
+    """As a data set of PyTorch."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return Image.new("L", (2, 2)), i
+
+
 def test_arrays_may_differ_in_size():
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((8, 9, 3), (7, 5), (4, 4, 1))]
@@ -144,6 +193,7 @@ def test_a_picture_in_memory_may_be_no_larger_than_a_file(monkeypatch):
         ([np.zeros((0, 4), np.uint8)], "number 0 is"),
         ([Image.new("L", (2, 2)), "x.png"], "data of type list is none of: .* a list of Pillow images"),
         ([], "data of type list is none of"),
+        (Items(), r"data of type Items is none of: .*; of a data set give its images or their paths, with the labels"),
         (__file__, "is a file, not a folder of images"),
     ],
 )

@@ -186,14 +186,23 @@ def checked_labels(
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     """Labels (n,) int64 and the name of each class, by default its number; None and None where there are no labels.
 
+    Args:
+        labels: n whole numbers from 0; or n texts, which are the names of the classes, numbered in sorted order.
+        n: images.
+        class_names: of the numbers.
+
     Raises:
-        InputError: if they are not n whole numbers from 0.
+        InputError: if they are neither.
     """
     if labels is None:
         return None, None
     checked = np.asarray(labels)
+    each = labels if isinstance(labels, (list, tuple)) else checked.tolist()  # NumPy makes texts of mixed ones
+    if checked.shape == (n,) and checked.dtype.kind in "UO" and all(isinstance(label, str) for label in each):
+        classes, indices = np.unique([safe(label) for label in each], return_inverse=True)
+        return indices.astype(np.int64), tuple(classes.tolist())
     if checked.shape != (n,) or not np.issubdtype(checked.dtype, np.integer) or checked.min() < 0:
-        raise InputError(f"labels must be {n} whole numbers from 0, one an image")
+        raise InputError(f"labels must be {n} whole numbers from 0, or {n} texts, one an image")
     if checked.max() >= MOST_CLASS:
         raise InputError(f"labels go up to {checked.max()}, and classes end at {MOST_CLASS - 1}: number them from 0")
     checked = checked.astype(np.int64)

@@ -26,7 +26,7 @@ def picture_source(pictures: Sequence[Image.Image | np.ndarray], labels: Any = N
 
     Args:
         pictures: Pillow images, read as their files would be; and arrays, uint8 (h, w), (h, w, 1) or (h, w, 3).
-        labels: (n,) whole numbers from 0, or None.
+        labels: as in `checked_labels`.
 
     Raises:
         InputError: for arrays of another dtype or shape, or labels that do not fit.
@@ -61,25 +61,27 @@ def _array(picture: np.ndarray, i: int) -> np.ndarray:
     return np.array(np.broadcast_to(planes, (*planes.shape[:2], 3)))
 
 
-def picture_files(data: Any) -> list[str] | None:
-    """The path, or the paths, where data is nothing but names of pictures by their extension; else None."""
-    paths = data if isinstance(data, (list, tuple)) else [data]
-    if not all(isinstance(path, (str, os.PathLike)) and _names_a_picture(path) for path in paths):
+def paths_of_pictures(data: Any) -> list[str] | None:
+    """The paths, where data is a list of nothing but names of pictures by their extension, at least one; else None."""
+    if not isinstance(data, (list, tuple)) or not data:
         return None
-    return [os.fspath(path) for path in paths] or None
+    if not all(isinstance(path, (str, os.PathLike)) and _names_a_picture(path) for path in data):
+        return None
+    return [os.fspath(path) for path in data]
 
 
 def _names_a_picture(path: str | os.PathLike[str]) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS and not os.path.isdir(path)
 
 
-def file_source(paths: Sequence[str]) -> Source:
-    """Files of pictures in the order they are given; the fingerprint is over names and sizes.
+def file_source(paths: Sequence[str], labels: Any = None) -> Source:
+    """Files of pictures in the order they are given; the fingerprint is over names, sizes and labels.
 
     Raises:
-        InputError: if one does not exist.
+        InputError: if one does not exist, or labels do not fit.
     """
-    digest, times = hashlib.sha256(), []
+    checked, names = checked_labels(labels, len(paths))
+    digest, times = hashlib.sha256(b"" if checked is None else checked.tobytes()), []
     for path in paths:
         try:
             status = os.stat(path)
@@ -98,6 +100,8 @@ def file_source(paths: Sequence[str]) -> Source:
         lambda i: decode(content(i)),
         lambda i: shown(paths[i]),
         digest.hexdigest(),
+        checked,
+        names,
         revision=written,
         content=content,
     )

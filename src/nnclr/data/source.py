@@ -16,15 +16,15 @@ from nnclr.data.images import Source, array_source, is_tensor, shown
 from nnclr.data.named import torchvision_source
 from nnclr.data.parquet import parquet_source
 from nnclr.data.photos import photo_patches
-from nnclr.data.pictures import are_pictures, picture_source
+from nnclr.data.pictures import are_pictures, file_source, paths_of_pictures, picture_source
 from nnclr.data.shards import is_shard_folder, shard_source
 from nnclr.data.storage import is_remote, listed
 from nnclr.errors import InputError
 
 ACCEPTED = (
     "a folder of images, a list of folders, a folder of shards, SHARDS.tar, FILES.parquet, FILE.npy, "
-    "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, an array of images, a list of Pillow images, "
-    "or a pair (images, labels)"
+    "hf:NAME_OR_PATH, torchvision:NAME, demo-photos, an array of images, a list of Pillow images or of paths of "
+    "pictures, or a pair (images, labels)"
 )
 
 
@@ -45,8 +45,9 @@ def open_source(data: Any) -> Source:
             latter with an optional `?split=train&label=COLUMN`; `FILE.npy[?labels=FILE.npy]`, which is not read as
             a whole; `hf:NAME_OR_PATH`; `torchvision:NAME[?split=test]`;
             `demo-photos[?split=test]`; an array or tensor of uint8 images (n, h, w[, 1 or 3]) or (n, 3, h, w); a Pillow
-            image, or a list of them or of arrays (h, w[, 3]); or a pair (images, labels). Shards and parquet files may
-            be addresses, such as `s3://...`.
+            image, or a list of them or of arrays (h, w[, 3]); a list of paths of pictures; or a pair (images, labels)
+            of any of the last four, labels whole numbers or texts. Shards and parquet files may be addresses, such as
+            `s3://...`.
 
     Raises:
         InputError: if it is none of these, or holds no image; the message says what was found.
@@ -58,13 +59,19 @@ def open_source(data: Any) -> Source:
     if isinstance(data, Image.Image):
         return picture_source([data])
     if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, os.PathLike, Image.Image)):
+        if (paths := paths_of_pictures(data[0])) is not None:
+            return file_source(paths, data[1])
         return picture_source(*data) if are_pictures(data[0]) else array_source(*data)
+    if (paths := paths_of_pictures(data)) is not None:
+        return file_source(paths)
     if are_pictures(data):
         return picture_source(data)
     if isinstance(data, (list, tuple)) and data and all(isinstance(part, (str, os.PathLike)) for part in data):
         return _files_source([os.fspath(part) for part in data])
     if not isinstance(data, (str, os.PathLike)):
         why = "; it is empty or of several kinds" if isinstance(data, (list, tuple)) else ""
+        if not why and hasattr(data, "__getitem__"):
+            why = "; of a data set give its images or their paths, with the labels: ([...], [...])"
         raise InputError(f"data of type {type(data).__name__} is none of: {ACCEPTED}{why}")
     path = os.fspath(data)
     text, _, query = path.partition("?")
