@@ -24,7 +24,7 @@ from nnclr.errors import InputError, NoCheckpointError, Stopped, StorageError, p
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.exact import repeatable_convolutions
 from nnclr.interrupt import StopRequest
-from nnclr.models.backbone import create_backbone, feature_dim
+from nnclr.models.backbone import create_backbone, feature_dim, gives_class_scores
 from nnclr.models.blocks import repeated_blocks
 from nnclr.models.cuda_graphs import AllViews, in_few_launches
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
@@ -342,6 +342,12 @@ def build(
     sizes = {view.size for view in make_views(config)} | {config.image_size}
     backbone = create_backbone(config.backbone, config.image_size, len(sizes) > 1) if module is None else module
     width = max(feature_dim(backbone, size) for size in sizes)
+    if module is not None and gives_class_scores(module, width):
+        warnings.warn(
+            f"{config.backbone} gives {width} class scores instead of features; take its classifier away, in timm by "
+            "num_classes=0, in torchvision by nn.Identity() in its place",
+            stacklevel=2,
+        )
     if config.recompute:
         check_recompute(backbone, config.image_size)
     kind = find_objective(config.objective)

@@ -1,10 +1,12 @@
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
 
+import nnclr
 from nnclr.errors import InputError
-from nnclr.models.backbone import create_backbone, feature_dim, timm_name
+from nnclr.models.backbone import create_backbone, feature_dim, gives_class_scores, timm_name
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,34 @@ def test_own_modules_are_checked():
         feature_dim(nn.Identity(), 4)
     with pytest.raises(InputError, match="cannot take 8 x 8 images"):
         feature_dim(nn.Sequential(nn.Flatten(), nn.Linear(10, 2)), 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11", "vit_b_32", "mobilenet_v3_small", "swin_t", "convnext_tiny", "efficientnet_b0"]
+)
+def test_a_classifier_is_no_backbone(name):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=768)
+        assert gives_class_scores(model, 768)
+        head = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+        model.set_submodule(head, nn.Identity())
+        assert not any(gives_class_scores(model, width) for width in (512, 768, 1024, 1280, 4096))
+        timms = timm.create_model("vit_tiny_patch16_224", num_classes=192)
+        assert gives_class_scores(timms, 192)
+        timms.reset_classifier(0)
+        assert not gives_class_scores(timms, 192)
+    assert not gives_class_scores(nn.Sequential(nn.Flatten(), nn.Linear(3, 768)), 768)  # whose end may be anything
+
+
+def test_a_run_on_class_scores_is_told(pictures, tiny, tmp_path):
+    with pytest.warns(
+        UserWarning, match="module:ResNet gives 10 class scores instead of features; take its classifier"
+    ):
+        nnclr.pretrain(
+            pictures,
+            tmp_path / "run",
+            **tiny | {"backbone": timm.create_model("resnet10t", num_classes=10), "epochs": 0.4},
+        )
 
 
 def test_timm_names():

@@ -125,6 +125,17 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
     return features.shape[1]
 
 
+def gives_class_scores(module: nn.Module, width: int) -> bool:
+    """Whether a model of timm or torchvision still ends in its classifier, so that what it gives are no features."""
+    library = type(module).__module__.partition(".")[0]
+    if library == "timm":
+        return getattr(module, "num_classes", 0) == width
+    if library != "torchvision":
+        return False
+    name, last = [(name, layer) for name, layer in module.named_modules() if not list(layer.children())][-1]
+    return name.startswith(("fc", "classifier", "head")) and getattr(last, "out_features", 0) == width
+
+
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Every layer as for evaluation, and then each as it was: some may be frozen while others train."""
