@@ -10,7 +10,7 @@ from nnclr.evaluation.few_shot import few_shot
 from nnclr.evaluation.label_free import alignment, alpha_req, feature_std, label_free, lidar, rank_me, uniformity
 from nnclr.evaluation.metrics import top1
 from nnclr.evaluation.retrieval import retrieval
-from nnclr.finite import refuse_not_finite
+from nnclr.finite import as_rows, refuse_not_finite
 from nnclr.neighbours import NeighbourIndex
 
 N, LABELS = 60, np.arange(60) % 2
@@ -150,3 +150,21 @@ def test_labels_that_do_not_fit_are_refused(labels, taker):
         InputError, match=r"labels of (shape \(.*\) are not one for each of the 60 rows|2 classes must be)"
     ):
         call()
+
+
+def test_rows_are_copied_where_they_must_be_alone(tmp_path):
+    np.save(tmp_path / "rows.npy", features())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for rows in (mapped, features(), features()[:, ::2]):
+        assert as_rows(rows).data_ptr() == rows.__array_interface__["data"][0]
+    tensor = torch.rand(3, 4)
+    assert as_rows(tensor) is tensor
+    assert as_rows(features()[::-1]).numpy().tolist() == features()[::-1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "i8", ">i4", "?", "f4", torch.from_numpy])
+def test_labels_of_several_classes_an_image_of_every_type(kind):
+    several = np.stack([LABELS, 1 - LABELS, np.ones(N, int)], axis=1)
+    given = kind(several) if callable(kind) else several.astype(kind)
+    expected, found = (logistic.fit_logistic(features(), some, 3, 1.0) for some in (several.astype(np.int8), given))
+    assert torch.equal(found, expected)

@@ -44,9 +44,13 @@ def test_a_batch_of_one_image_a_process_is_refused(monkeypatch, pictures, tiny):
     del tiny["quiet"]
     training.check_ranks(make_config("data", "out", **tiny), source)
     with pytest.raises(
-        InputError, match="batch_size=8 cannot be divided among 8 processes; use a multiple of 8, at least 16"
+        InputError, match="batch_size=8 gives each of 8 processes one image, too few for batch norms; use at least 16"
     ):
         training.check_ranks(make_config("data", "out", **tiny | {"batch_size": 8}), source)
+    cuda = tiny | {"batch_size": 8, "device": "cuda"}  # where batch norms look at all processes
+    training.check_ranks(make_config("data", "out", **cuda), source)
+    with pytest.raises(InputError, match="one image"):
+        training.check_ranks(make_config("data", "out", **cuda, sync_bn_group=1), source)
 
 
 def fresh_backbone():

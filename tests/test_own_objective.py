@@ -1,5 +1,6 @@
 """Objectives of one's own, given as classes: what is asked of them, and that they stay out of other runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,14 @@ class Broken(SimCLR):
         self.predictor = nnclr.PredictionHead(8, 16, 8)
 
 
+class Unread(SimCLR):
+    """Its constructor asks the standard library for nonsense."""
+
+    def __init__(self, feature_dim, **settings):
+        super().__init__(feature_dim, **settings)
+        json.loads("{")
+
+
 class Loud(SimCLR):
     """Reports a loss of its own."""
 
@@ -71,6 +80,7 @@ def test_a_class_changes_no_later_run(images, tmp_path):
         (Wrong, "unexpected keyword argument 'neighbour_k'"),
         (Wanting, "Wanting names the setting ema_momentum, which its constructor does not take"),
         (Broken, r"but 4 were given \(tests.test_own_objective:Broken, test_own_objective.py, line 5\d\)"),
+        (Unread, r"\(tests.test_own_objective:Unread, test_own_objective.py, line 60\)"),
         (torch.nn.Linear, r"torch\.nn\.modules\.linear:Linear is no subclass of nnclr\.Objective"),
     ],
 )

@@ -351,7 +351,7 @@ class Soak:
             job.signal(getattr(signal, name))
         elif name == "two SIGINT":
             job.signal(signal.SIGINT)
-            time.sleep(0.01)
+            time.sleep(0.4)  # sooner it would count as the first one, sent twice
             job.signal(signal.SIGINT)
         elif name == "frozen for 5 s":
             job.signal(signal.SIGSTOP)

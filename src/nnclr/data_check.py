@@ -223,8 +223,6 @@ def _stops(source: Source, bad: dict[int, str], damaged: list[str]) -> str | Non
             f"{len(damaged)} of the shards of {source.name} are damaged, first {damaged[0]}; restore them, or pack the "
             "images into a new folder"
         )
-    if len(bad) == len(source):
-        return f"none of the {len(source)} images of {source.name} can be read: {bad[0]}"
     if not bad:
         return None
     from nnclr.data.loader import check_bad  # it brings torch, which takes seconds to import

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import sysconfig
 import textwrap
 import traceback
 from collections.abc import Mapping
@@ -108,8 +109,9 @@ def place_outside(error: Exception, name: str) -> str:
     """
     if ":" not in name:
         return ""
-    ours = os.path.dirname(__file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    theirs = [frame for frame in frames if f"{os.sep}site-packages{os.sep}" not in frame.filename]
+    others = [os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))]
+    known = (*(folder + os.sep for folder in others), "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(known)]
     place = f", {os.path.basename(theirs[-1].filename)}, line {theirs[-1].lineno}" if theirs else ""
     return f" ({name}{place})"

@@ -24,7 +24,7 @@ from nnclr.errors import InputError, NoCheckpointError, Stopped, StorageError, p
 from nnclr.evaluation.online import OnlineKNN
 from nnclr.exact import repeatable_convolutions
 from nnclr.interrupt import StopRequest
-from nnclr.models.backbone import create_backbone, feature_dim, gives_class_scores
+from nnclr.models.backbone import class_scores, create_backbone, feature_dim
 from nnclr.models.blocks import repeated_blocks
 from nnclr.models.cuda_graphs import AllViews, in_few_launches
 from nnclr.models.ema import average_of, averaged_features, momentum_at, update_average
@@ -53,8 +53,8 @@ def pretrain(
     """Train a backbone without labels, or go on with the run that is in `out`.
 
     Args:
-        data: a folder, a list of folders, `FILE.parquet`, `torchvision:NAME`, an array of images (n, h, w, 3)
-            uint8, a pair (images, labels), or a `Source`.
+        data: a folder, a list of folders or of pictures, `FILE.parquet`, `torchvision:NAME`, an array of images
+            (n, h, w, 3) uint8, a pair (images, labels), a `Source`, or any other form of docs/data.md.
         out: run folder.
         preset: name of a recipe.
         test_data: labelled images for the online kNN, in the same forms.
@@ -131,6 +131,8 @@ def train(
         base_momentum = objective.momentum
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        if module is not None and not quiet and distributed.rank() == 0 and (said := class_scores(module)):
+            warnings.warn(said, stacklevel=2)
         distributed.from_main(lambda: claim(run, stack))
         stack.enter_context(run_folder.bad_samples_listed(run, source))
         dtype = view_dtype(config.precision, device, named=module is None)
@@ -324,9 +326,12 @@ def check_ranks(config: Config, source: Source) -> None:
     alike = dataclasses.replace(config, num_workers=0)  # which depends on the machine
     distributed.agree({"configuration": to_toml(alike), "set of images": source.fingerprint})
     ranks = distributed.world_size()
-    if config.batch_size % ranks or config.batch_size == ranks > 1:  # batch norms need two images in each
+    if config.batch_size % ranks:
         words = f"batch_size={config.batch_size} cannot be divided among {ranks} processes; use a multiple of {ranks}"
-        raise distributed.told(InputError(f"{words}, at least {2 * ranks}"))
+        raise distributed.told(InputError(words))
+    if config.batch_size == ranks > 1 and (config.device == "cpu" or config.sync_bn_group == 1):
+        words = f"batch_size={config.batch_size} gives each of {ranks} processes one image, too few for batch norms"
+        raise distributed.told(InputError(f"{words}; use at least {2 * ranks}"))
 
 
 def build(
@@ -342,12 +347,6 @@ def build(
     sizes = {view.size for view in make_views(config)} | {config.image_size}
     backbone = create_backbone(config.backbone, config.image_size, len(sizes) > 1) if module is None else module
     width = max(feature_dim(backbone, size) for size in sizes)
-    if module is not None and gives_class_scores(module, width):
-        warnings.warn(
-            f"{config.backbone} gives {width} class scores instead of features; take its classifier away, in timm by "
-            "num_classes=0, in torchvision by nn.Identity() in its place",
-            stacklevel=2,
-        )
     if config.recompute:
         check_recompute(backbone, config.image_size)
     kind = find_objective(config.objective)

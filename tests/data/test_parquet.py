@@ -86,6 +86,14 @@ def test_names_of_classes_come_from_the_metadata(tmp_path):
     assert open_source(tmp_path / "y.parquet").class_names == ("0", "1", "2")
 
 
+def test_numbers_that_are_no_class_indices_are_numbered_anew(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"image": [png(0)] * 3, "label": [70_000, 5, 70_000]}), tmp_path / "x.parquet")
+    source = open_source(tmp_path / "x.parquet")
+    assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], ("5", "70000"))
+    monkeypatch.setattr("nnclr.data.parquet.classes_of_numbers", lambda labels: (labels, ("as before",)))
+    assert open_source(tmp_path / "x.parquet").fingerprint == source.fingerprint  # over what was given
+
+
 def test_numbers_that_mean_different_classes_are_refused(tmp_path):
     for name, classes in (("x", ["ant", "bee", "cat"]), ("y", ["bee", "ant", "cat"])):
         pq.write_table(table(range(6), classes), tmp_path / f"{name}.parquet")

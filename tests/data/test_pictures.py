@@ -113,6 +113,37 @@ def test_a_list_of_paths_with_labels_is_data(folder, tmp_path_factory):
             open_source((array, wrong))
 
 
+def test_files_of_equal_names_and_sizes_are_told_apart(tmp_path):
+    """The splits of a data set, whose pictures are numbered in each of its classes."""
+    rng, lists = np.random.default_rng(0), {}
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                picture = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+                picture.save(tmp_path / split / name / f"{i}.bmp")  # all of one size
+        paths = sorted((tmp_path / split).rglob("*.bmp"))
+        lists[split] = paths, [path.parent.name for path in paths]
+    said = []
+    found = nnclr.evaluate("pixels?size=9", lists["train"], lists["test"], k=1, say=said.append)
+    one, two = (([np.asarray(Image.open(path)) for path in paths], labels) for paths, labels in lists.values())
+    assert found.value == nnclr.evaluate("pixels?size=9", one, two, k=1).value < 1
+    assert not said  # that they were the same images
+    assert nnclr.evaluate("pixels?size=9", lists["train"], lists["train"], k=1, say=said.append).value == 1
+    assert "are those that were learned from" in said[0]
+    paths, labels = lists["train"]
+    fingerprint = open_source((paths, labels)).fingerprint
+    assert fingerprint != open_source((paths[:4], labels[:4])).fingerprint
+    others = [labels[::-1], ["a ram" if label == "cat" else label for label in labels], None]
+    assert len({fingerprint, *(open_source((paths, other)).fingerprint for other in others)}) == 4
+    (tmp_path / "elsewhere").mkdir()
+    os.rename(tmp_path / "train", tmp_path / "elsewhere/there")
+    moved = [tmp_path / "elsewhere/there" / path.relative_to(tmp_path / "train") for path in paths]
+    assert open_source((moved, labels)).fingerprint == fingerprint
+    swapped = [moved[4], *moved[1:4], moved[0], *moved[5:]]  # of one name, in folders of two
+    assert open_source((swapped, labels)).fingerprint != fingerprint
+
+
 class Items:
     """As a data set of PyTorch."""
 

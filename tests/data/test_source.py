@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import os
 import shutil
 import struct
@@ -182,6 +183,8 @@ def test_numbers_that_are_no_class_indices_are_numbered_anew():
     source = open_source((images, [999, 3, 3, 5]))
     assert source.labels.tolist() == [999, 3, 3, 5]
     assert len(source.class_names) == 1000
+    digest = hashlib.sha256(b"(4, 2, 2, 3)" + images.tobytes() + np.array([900_000, 3, 3, 1200]).tobytes())
+    assert open_source((images, [900_000, 3, 3, 1200])).fingerprint == digest.hexdigest()  # over what was given
     many = open_source((np.zeros((1201, 1, 1, 3), np.uint8), np.arange(1201)[::-1]))  # as many classes as images
     assert many.labels.tolist() == list(range(1201))[::-1]
 

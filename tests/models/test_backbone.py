@@ -6,7 +6,7 @@ from torch import nn
 
 import nnclr
 from nnclr.errors import InputError
-from nnclr.models.backbone import create_backbone, feature_dim, gives_class_scores, timm_name
+from nnclr.models.backbone import class_scores, create_backbone, feature_dim, timm_name
 
 
 @pytest.mark.parametrize(
@@ -78,26 +78,22 @@ def test_own_modules_are_checked():
 def test_a_classifier_is_no_backbone(name):
     with torch.device("meta"):
         model = torchvision.models.get_model(name, num_classes=768)
-        assert gives_class_scores(model, 768)
+        assert "to end in its classifier and to give 768 scores" in class_scores(model)
         head = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
         model.set_submodule(head, nn.Identity())
-        assert not any(gives_class_scores(model, width) for width in (512, 768, 1024, 1280, 4096))
+        assert class_scores(model) == ""
         timms = timm.create_model("vit_tiny_patch16_224", num_classes=192)
-        assert gives_class_scores(timms, 192)
+        assert "give 192 scores instead of features; take it away by num_classes=0" in class_scores(timms)
         timms.reset_classifier(0)
-        assert not gives_class_scores(timms, 192)
-    assert not gives_class_scores(nn.Sequential(nn.Flatten(), nn.Linear(3, 768)), 768)  # whose end may be anything
+        assert class_scores(timms) == ""
+    assert class_scores(nn.Sequential(nn.Flatten(), nn.Linear(3, 768))) == ""  # whose end may be anything
 
 
-def test_a_run_on_class_scores_is_told(pictures, tiny, tmp_path):
-    with pytest.warns(
-        UserWarning, match="module:ResNet gives 10 class scores instead of features; take its classifier"
-    ):
-        nnclr.pretrain(
-            pictures,
-            tmp_path / "run",
-            **tiny | {"backbone": timm.create_model("resnet10t", num_classes=10), "epochs": 0.4},
-        )
+def test_a_run_on_class_scores_is_told_unless_it_is_quiet(pictures, tiny, tmp_path):
+    tiny |= {"backbone": timm.create_model("resnet10t", num_classes=10), "epochs": 0.4}
+    nnclr.pretrain(pictures, tmp_path / "quiet", **tiny)
+    with pytest.warns(UserWarning, match="the backbone, ResNet, seems to end in its classifier and to give 10 scores"):
+        nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"quiet": False})
 
 
 def test_timm_names():

@@ -166,6 +166,14 @@ def test_blocks_keep_their_inputs_alone():
     assert calls == ["forward"] * 3
 
 
+def test_a_trial_leaves_frozen_layers_frozen():
+    network = residual().train()
+    network[1][0].norm.eval()
+    before = [layer.training for layer in network.modules()]
+    check_recompute(network, 9)
+    assert [layer.training for layer in network.modules()] == before
+
+
 def test_backbones_whose_blocks_cannot_be_computed_again_are_refused():
     with pytest.raises(InputError, match="recompute=True needs a backbone of repeated blocks, and Sequential has none"):
         InBlocks(backbone())

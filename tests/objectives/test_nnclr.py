@@ -337,6 +337,16 @@ def test_entries_without_ids_are_not_told_apart():
         )
 
 
+def test_queries_that_find_nothing_do_not_hide_a_hub():
+    """With labels of which some are not in the set yet: the others all find one entry."""
+    labels = torch.tensor([0, 1, 0, 0, 1, 0])
+    made = nnclr.NNCLR(DIM, DIM, 16, 16, support_set_size=SIZE, neighbour="oracle", labels=labels)
+    made.projector = nn.Identity()
+    made.support_set.enqueue(torch.eye(DIM)[:1], torch.tensor([0]))
+    metrics = made([torch.rand(6, DIM)] * 2, ids=torch.arange(6)).metrics
+    assert metrics["distinct_neighbours"].item() == pytest.approx(2 / 6)  # the entry, and that there is none
+
+
 def test_neighbour_metrics_are_nan_while_the_support_set_is_empty():
     out = objective()([torch.randn(BATCH, DIM), torch.randn(BATCH, DIM)], ids=torch.arange(BATCH))
     unknown = {name for name, value in out.metrics.items() if value.isnan()}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnclr.data.decode import BadImage, decode, read_file
-from nnclr.data.images import SPLIT_NAMES, Source, safe, shown
+from nnclr.data.images import SPLIT_NAMES, Source, classes_of_numbers, safe, shown
 from nnclr.data.parquet import hidden_labels, number_labels, parquet_source
 from nnclr.errors import InputError, first_line
 
@@ -142,6 +142,8 @@ def _source(data: Any, name: str, image: str | None, label: str | None, below: S
     chosen = _column(data, label, "label", datasets.ClassLabel, name)
     labels, class_names = _labels(data, chosen, name)
     digest.update(b"" if labels is None else labels.tobytes())
+    if labels is not None and class_names is None:
+        labels, class_names = classes_of_numbers(labels)
 
     def content(i: int) -> bytes:
         return _content(pictures[i][image], below)

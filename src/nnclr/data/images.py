@@ -173,7 +173,7 @@ def array_source(
     digest = hashlib.sha256(str(pixels.shape).encode())
     for image in pixels:  # one at a time: the array may be a file that is larger than memory
         digest.update(np.ascontiguousarray(image).data)
-    digest.update(b"" if checked is None else checked.tobytes())
+    digest.update(label_bytes(labels))
 
     def fetch(i: int) -> np.ndarray:
         return np.array(np.broadcast_to(pixels[i], (*pixels.shape[1:3], 3)))  # a copy that may be written
@@ -207,6 +207,16 @@ def checked_labels(
         raise InputError(f"labels go up to {checked.max()}, and classes end at {MOST_CLASS - 1}: number them from 0")
     checked = checked.astype(np.int64)
     return (checked, tuple(class_names)) if class_names else classes_of_numbers(checked)
+
+
+def label_bytes(labels: Any) -> bytes:
+    """Good labels as they were given, for a fingerprint."""
+    if labels is None:
+        return b""
+    given = np.asarray(labels)
+    if given.dtype.kind in "iu":
+        return given.astype(np.int64).tobytes()
+    return "\0".join(map(str, given.tolist())).encode("utf-8", "backslashreplace")
 
 
 def classes_of_numbers(numbers: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -133,6 +133,10 @@ def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
                 )
         labels, class_names = number_labels(table[label].filter(pa.array(kept)), name, label, known[0])
 
+    fingerprint = _fingerprint(found, query, labels)
+    if labels is not None and class_names is None:
+        labels, class_names = classes_of_numbers(labels)
+
     def content(i: int) -> bytes:
         return pictures.content(int(groups[i]), int(rows[i]))
 
@@ -145,7 +149,7 @@ def parquet_source(texts: Sequence[str], query: dict[str, str]) -> Source:
         len(rows),
         lambda i: decode(content(i)),
         title,
-        _fingerprint(found, query, labels),
+        fingerprint,
         labels,
         class_names,
         unlabelled=hidden_labels(label) if label is not None and labels is None else "",
@@ -260,11 +264,11 @@ def hidden_labels(column: str) -> str:
 
 def number_labels(
     column: Any, where: str, title: str, class_names: tuple[str, ...] | None
-) -> tuple[np.ndarray, tuple[str, ...]] | tuple[None, None]:
-    """Class indices (n,) of an Arrow column, and the names of the classes.
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Class indices (n,) of an Arrow column, and the names of the classes; None for numbers without names.
 
     Neither where the classes have names and a row says -1, as hidden test labels of Hugging Face data sets do. Whole
-    numbers from 0 stay as they are (but see `classes_of_numbers`), anything else is numbered in sorted order.
+    numbers from 0 stay as they are, for `classes_of_numbers` to look at; anything else is numbered in sorted order.
 
     Raises:
         InputError: if a row has none.
@@ -278,7 +282,7 @@ def number_labels(
         if class_names is not None and labels.min(initial=0) == -1:
             return None, None
         if labels.min() >= 0 and labels.max() < (MOST_CLASS if class_names is None else len(class_names)):
-            return (labels, class_names) if class_names else classes_of_numbers(labels)
+            return labels, class_names
     texts = [safe(value) for value in column.to_pylist()]
     classes = sorted(set(texts))
     number = {text: i for i, text in enumerate(classes)}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from nnclr.data.decode import BadImage, decode, pixels_of, read_file
 from nnclr.data.folder import EXTENSIONS
-from nnclr.data.images import Source, checked_labels, shown
+from nnclr.data.images import Source, checked_labels, label_bytes, shown
 from nnclr.errors import InputError
 
 
@@ -32,7 +32,7 @@ def picture_source(pictures: Sequence[Image.Image | np.ndarray], labels: Any = N
         InputError: for arrays of another dtype or shape, or labels that do not fit.
     """
     checked, names = checked_labels(labels, len(pictures))
-    digest = hashlib.sha256(b"" if checked is None else checked.tobytes())
+    digest = hashlib.sha256(label_bytes(labels))
     for i, picture in enumerate(pictures):
         if isinstance(picture, np.ndarray):
             content = _array(picture, i)
@@ -75,19 +75,23 @@ def _names_a_picture(path: str | os.PathLike[str]) -> bool:
 
 
 def file_source(paths: Sequence[str], labels: Any = None) -> Source:
-    """Files of pictures in the order they are given; the fingerprint is over names, sizes and labels.
+    """Files of pictures in the order they are given.
+
+    The fingerprint is over names below their common folder, sizes and labels.
 
     Raises:
         InputError: if one does not exist, or labels do not fit.
     """
     checked, names = checked_labels(labels, len(paths))
-    digest, times = hashlib.sha256(b"" if checked is None else checked.tobytes()), []
+    digest, times = hashlib.sha256(label_bytes(labels)), []
+    above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     for path in paths:
         try:
             status = os.stat(path)
         except (OSError, ValueError) as error:  # the latter for what can be no name
             raise InputError(f"{shown(path)} does not exist or cannot be looked at") from error
-        digest.update(os.fsencode(os.path.basename(path)) + b"\0" + str(status.st_size).encode() + b"\n")
+        name = os.fsencode(os.path.relpath(path, above))
+        digest.update(name + b"\0" + str(status.st_size).encode() + b"\n")
         times.append(status.st_mtime_ns)
     written = hashlib.sha256(repr(times).encode()).hexdigest()
 

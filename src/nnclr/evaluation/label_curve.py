@@ -71,7 +71,7 @@ def label_curve(task: Task, budgets: Sequence[int] = BUDGETS, repeats: int = 3, 
         curve.append(point)
         shown = ", ".join(f"{name} {100 * point[name]['mean']:.1f} %" for name in ways)
         task.say(f"{_labels(budget)} a class: {shown}")
-    last, n_test = curve[-1]["encoder"], len(task.features(scored)[0])
+    last, n_test = curve[-1]["encoder"], int(np.isfinite(task.embedded(scored)[:, 0]).sum())
     half = half_width(last["values"]) or 0.0
     low, high = wilson_interval(last["mean"], n_test)  # draws that agree say nothing about a small test set
     parameters = {

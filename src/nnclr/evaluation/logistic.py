@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnclr.errors import InputError
-from nnclr.finite import as_rows, class_indices, refuse_not_finite
+from nnclr.finite import as_array, as_rows, class_indices, refuse_not_finite
 
 STRENGTHS: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())  # lambda of the L2 penalty
 _TOLERANCE = 1e-13  # of the objective, relative: probabilities are then within 1e-4 of the optimum's, mostly 1e-6
@@ -342,7 +342,8 @@ def _part(features: Any, targets: Any, num_classes: int) -> Part:
     rows = as_rows(features)
     if np.ndim(targets) == 1:
         return rows, class_indices(targets, len(rows), num_classes)
-    many = as_rows(targets)
+    given = as_array(targets)
+    many = as_rows(np.sign(given.astype(np.int64)).astype(np.int8) if given.dtype.kind in "iub" else given)
     if many.shape != (len(rows), num_classes):
         raise InputError(
             f"labels of shape {tuple(many.shape)} are not one for each of the {len(rows)} rows of features, nor one "

@@ -45,7 +45,7 @@ class Task:
     num_workers: int
     seed: int
     say: Callable[[str], None]
-    _known: dict[str, np.ndarray] = field(default_factory=dict)  # features by fingerprint, of this evaluation
+    _known: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)  # features by data, of this evaluation
 
     def warn(self, text: str) -> None:
         """Say what may spoil the number, in a line that is known as a warning by its first word."""
@@ -73,7 +73,7 @@ class Task:
         """
         train, scored = split(self.data, self.test, self.seed)
         _check_classes(train)
-        if train.fingerprint == scored.fingerprint:
+        if (train.fingerprint, train.revision) == (scored.fingerprint, scored.revision):
             self.warn(f"the images of {train.name} that are scored are those that were learned from")
         if self.test is None and test_split(self.data) is None:
             held_out = set(np.unique(_labels(scored)).tolist())
@@ -105,9 +105,10 @@ class Task:
 
     def embedded(self, source: Source) -> np.ndarray:
         """Features (n, d) float32 of all images; the row of one that cannot be read is NaN."""
-        if source.fingerprint not in self._known:
-            self._known[source.fingerprint] = embedded(self.encoder, source, self.num_workers, self.say)
-        return self._known[source.fingerprint]
+        key = source.fingerprint, source.revision  # files of other content may have the same names and sizes
+        if key not in self._known:
+            self._known[key] = embedded(self.encoder, source, self.num_workers, self.say)
+        return self._known[key]
 
     def features(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
         """Features (n, d) float32 and labels (n,) of the images that can be read; (n, c) where labels are many.

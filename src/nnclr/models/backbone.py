@@ -125,15 +125,23 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
     return features.shape[1]
 
 
-def gives_class_scores(module: nn.Module, width: int) -> bool:
-    """Whether a model of timm or torchvision still ends in its classifier, so that what it gives are no features."""
-    library = type(module).__module__.partition(".")[0]
+def class_scores(module: nn.Module) -> str:
+    """Words for a model of timm or torchvision that seems to end in its classifier still; empty for others.
+
+    What such a model gives are scores of classes, which make poor features.
+    """
+    library, head = type(module).__module__.partition(".")[0], None
     if library == "timm":
-        return getattr(module, "num_classes", 0) == width
-    if library != "torchvision":
-        return False
-    name, last = [(name, layer) for name, layer in module.named_modules() if not list(layer.children())][-1]
-    return name.startswith(("fc", "classifier", "head")) and getattr(last, "out_features", 0) == width
+        head, instead = getattr(module, "get_classifier", lambda: None)(), "num_classes=0"
+    elif library == "torchvision":
+        name, last = [(name, layer) for name, layer in module.named_modules() if not list(layer.children())][-1]
+        head, instead = last if name.startswith(("fc", "classifier", "head")) else None, "nn.Identity() in its place"
+    if not isinstance(head, nn.Linear):
+        return ""
+    return (
+        f"the backbone, {type(module).__name__}, seems to end in its classifier and to give {head.out_features} scores "
+        f"instead of features; take it away by {instead}"
+    )
 
 
 @contextmanager

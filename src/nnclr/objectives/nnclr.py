@@ -280,7 +280,7 @@ def neighbour_metrics(nn1: Neighbours, nn2: Neighbours, ids: Tensor | None) -> d
         own = torch.where(ids == NO_ID, NO_ID - 1, ids)[:, None]  # an unknown image is not its own neighbour
         metrics["own_id_share"] = mean(nn1.ids == own, nn2.ids == own)
         distinct = 0.5 * (_distinct(nn1) + _distinct(nn2))
-        known = (nn1.ids != NO_ID).all() & (nn2.ids != NO_ID).all()
+        known = torch.stack([(view.ids != NO_ID) | ~view.similarities.isfinite() for view in (nn1, nn2)]).all()
         metrics["distinct_neighbours"] = torch.where(found.any() & known, distinct, torch.nan)
     return metrics
 
