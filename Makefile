@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 UV ?= $(shell command -v uv || echo .tools/bin/uv)
 BIN := .venv/bin
 # Threads beyond the cores cost time, and two on a busy machine are slower than one.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .PHONY: help demo test test-slow check install docs bench reliability pins clean
 
