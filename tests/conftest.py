@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnclr import plots
 from tests.reliability.record import pytest_runtest_logreport, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from tests.settings import TINY
 
@@ -15,6 +16,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def curves():
+    """A test that asks for this is about curves.png, and has it drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Drawing them takes half a second at the end of each run, of which there are hundreds."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(plots, "draw_curves", lambda run: None)
 
 
 @pytest.fixture(autouse=True)

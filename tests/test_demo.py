@@ -4,7 +4,7 @@ from nnclr.data.photos import PHOTOS, photo_patches
 from nnclr.demo import run_demo
 
 
-def test_demo_learns(tmp_path, capsys):
+def test_demo_learns(tmp_path, capsys, curves):
     run = run_demo(tmp_path / "demo", seed=0)
     knn = [line["value"] for line in run.evaluations]
     purity = [line["neighbour_purity"] for line in run.metrics]

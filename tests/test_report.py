@@ -122,12 +122,6 @@ def written(run, **options):
     return report.write_report(run, with_map=False, **options)
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """curves.png is not what these tests are about."""
-    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
-
-
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, pictures):
     """A real run, small."""
@@ -687,17 +681,15 @@ def test_large_data_are_sampled(made_up, monkeypatch):
     assert len(few.classes) == 3
 
 
-def test_curves_are_drawn_of_what_can_be_read(made_up, monkeypatch):
+def test_curves_are_drawn_of_what_can_be_read(made_up, curves):
     """A line that something else wrote must not make a failure of a finished run."""
-    monkeypatch.undo()
     for name in ("metrics", "evaluations"):
         with open(made_up / f"{name}.jsonl", "a") as file:
             file.write('{"mine": 1}\n{"step": "x", "loss": "low"}\n{"step": 3, "protocol": "knn"}\n')
     assert plots.draw_curves(made_up).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_without_matplotlib_there_are_no_curves(tmp_path, pictures, tiny, monkeypatch):
-    monkeypatch.undo()  # curves are drawn, where that can be done
+def test_without_matplotlib_there_are_no_curves(tmp_path, pictures, tiny, monkeypatch, curves):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run = nnclr.pretrain(pictures, tmp_path / "run", **tiny | {"epochs": 1})
     assert plots.draw_curves(run.path) is None
