@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 import nnclr
-from nnclr import plots, report, training
+from nnclr import report, training
 from nnclr.data import loader
 from nnclr.data.augment import policy
 from nnclr.data.images import array_source
@@ -176,7 +176,6 @@ def checkpoint(run):
 )
 def test_a_run_is_that_of_the_cpu(pictures, settings, changed, tmp_path, monkeypatch):
     """Metrics, evaluations and the last checkpoint of a run that fails once and goes on."""
-    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
     monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     images, labels = pictures
     if "num_workers" in changed:  # of other sizes, so that they are decoded step by step

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnclr
-from nnclr import distributed, plots, report, training
+from nnclr import distributed, report, training
 from nnclr.config import make_config
 from nnclr.data.loader import create_loader
 from nnclr.data.source import open_source
@@ -60,8 +60,7 @@ def fresh_backbone():
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """A run's curves take longer than its eight steps."""
-    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
+    """A run's report takes longer than its eight steps."""
     monkeypatch.setattr(report, "write_report", lambda run, **_: Path(run))
 
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 
 import nnclr
-from nnclr import config, plots, report, tracking
+from nnclr import config, report, tracking
 from nnclr.errors import InputError, Stopped
 
 KILLED_AT, CHECKPOINT = 8, 6
@@ -23,7 +23,6 @@ KILLED_AT, CHECKPOINT = 8, 6
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
     monkeypatch.setattr(report, "write_report", lambda run, **_: run)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnclr import plots, pretrain, report
+from nnclr import pretrain, report
 from nnclr.checkpoint import load_latest
 from nnclr.errors import NNCLRError
 from nnclr.models import cuda_graphs
@@ -320,7 +320,6 @@ def test_views_are_computed_in_the_precision_that_is_asked_for():
 
 @pytest.fixture
 def trained(tmp_path, tiny, pictures, monkeypatch):
-    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
     monkeypatch.setattr(report, "write_report", lambda run, **_: tmp_path)
     numbers = iter(range(100))
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import nnclr
-from nnclr import checkpoint, plots, report, train_state
+from nnclr import checkpoint, report, train_state
 from nnclr.errors import FolderInUseError, InputError, NoCheckpointError, StorageError
 from tests import legacy
 from tests.reliability import runs
@@ -46,8 +46,7 @@ def stopped(warm, tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the curves and the report, which take longer than the steps."""
-    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
+    """Without the report, which takes longer than the steps."""
     monkeypatch.setattr(report, "write_report", lambda run, **_: Path(run))
 
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import nnclr
-from nnclr import checkpoint, health, plots, report, training
+from nnclr import checkpoint, health, report, training
 from nnclr.config import make_config, own_fields
 from nnclr.data.loader import Batch
 from nnclr.errors import InputError, NoCheckpointError, NonFiniteError
@@ -27,8 +27,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """A run's curves and report take longer than its steps."""
-    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
+    """A run's report takes longer than its steps."""
     monkeypatch.setattr(report, "write_report", lambda run, **_: Path(run))
 
 
